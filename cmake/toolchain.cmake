@@ -1,0 +1,64 @@
+# How our own targets are compiled. Nothing here reaches a consumer of ssmlib::ssmlib.
+
+if(PROJECT_IS_TOP_LEVEL)
+  set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+  if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+    set(CMAKE_BUILD_TYPE Release CACHE STRING "Build type" FORCE)
+  endif()
+  find_program(SSMLIB_CCACHE ccache)
+  mark_as_advanced(SSMLIB_CCACHE)
+  if(SSMLIB_CCACHE AND NOT DEFINED CMAKE_CXX_COMPILER_LAUNCHER)
+    set(CMAKE_CXX_COMPILER_LAUNCHER "${SSMLIB_CCACHE}")
+  endif()
+endif()
+
+set(ssmlib_isa_flags "")
+if(SSMLIB_NATIVE)
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag(-march=native SSMLIB_HAS_MARCH_NATIVE)
+  if(SSMLIB_HAS_MARCH_NATIVE)
+    set(ssmlib_isa_flags -march=native)
+  endif()
+endif()
+
+set(ssmlib_sanitize_flags "")
+if(SSMLIB_SANITIZE)
+  set(ssmlib_sanitize_flags -fsanitize=${SSMLIB_SANITIZE} -fno-sanitize-recover=all
+                            -fno-omit-frame-pointer)
+endif()
+
+set(ssmlib_warning_flags -Wall -Wextra -Wpedantic)
+if(SSMLIB_WERROR)
+  list(APPEND ssmlib_warning_flags -Werror)
+endif()
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  # GCC 12 reports Eigen's AVX-512 packets, initialised through intrinsics, as uninitialised.
+  list(APPEND ssmlib_warning_flags -Wno-maybe-uninitialized -Wno-uninitialized)
+endif()
+
+# Compiles TARGET with our warnings, instruction set and sanitizers, at the given optimisation level.
+function(ssmlib_own_target target level)
+  target_compile_options(
+    ${target} PRIVATE ${ssmlib_warning_flags} ${ssmlib_isa_flags} ${ssmlib_sanitize_flags}
+                      $<$<CONFIG:Release>:${level}>)
+  target_link_options(${target} PRIVATE ${ssmlib_sanitize_flags})
+  set_target_properties(${target} PROPERTIES CXX_EXTENSIONS OFF)
+endfunction()
+
+# One sentence says which backends this build has; without a CUDA compiler nothing is missing.
+if(NOT SSMLIB_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "ssmlib: SSMLIB_CUDA is '${SSMLIB_CUDA}', wanted AUTO, ON or OFF")
+elseif(SSMLIB_CUDA STREQUAL "ON")
+  message(FATAL_ERROR "ssmlib: this version has no CUDA backend; use SSMLIB_CUDA=AUTO or OFF")
+elseif(SSMLIB_CUDA STREQUAL "AUTO" AND PROJECT_IS_TOP_LEVEL)
+  include(CheckLanguage)
+  set(message_level ${CMAKE_MESSAGE_LOG_LEVEL})
+  set(CMAKE_MESSAGE_LOG_LEVEL WARNING)
+  check_language(CUDA)
+  set(CMAKE_MESSAGE_LOG_LEVEL ${message_level})
+  if(CMAKE_CUDA_COMPILER)
+    message(NOTICE "ssmlib: CUDA backend: not part of this build; everything runs on the CPU")
+  else()
+    message(NOTICE "ssmlib: CUDA backend: no CUDA compiler found; everything runs on the CPU")
+  endif()
+endif()
