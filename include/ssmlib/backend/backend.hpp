@@ -1,0 +1,21 @@
+#pragma once
+
+#include <concepts>
+#include <string_view>
+#include <type_traits>
+
+namespace ssm {
+
+/// Where a tensor lives and which kernels work on it: an empty tag that is part of the tensor's
+/// type. Run-time state (threads; or stream, pool and handles) is its `context`, passed to eval.
+template <class B>
+concept Backend = std::is_empty_v<B> && requires {
+  { B::name } -> std::convertible_to<std::string_view>;
+  typename B::context;
+};
+
+/// The process-wide context that `eval(expr)` uses when none is passed. One per backend.
+template <Backend B>
+[[nodiscard]] typename B::context& default_context();
+
+}  // namespace ssm

@@ -1,0 +1,16 @@
+#pragma once
+
+/// @file
+/// Version, compiler attributes and nothing else. Lowest header of the library.
+
+#define SSMLIB_VERSION_MAJOR 0
+#define SSMLIB_VERSION_MINOR 1
+#define SSMLIB_VERSION_PATCH 0
+
+#if defined(__GNUC__) || defined(__clang__)
+#define SSMLIB_ALWAYS_INLINE inline __attribute__((always_inline))
+#define SSMLIB_NOINLINE __attribute__((noinline))
+#define SSMLIB_RESTRICT __restrict__
+#else
+#error "ssm: the CPU kernels use GNU vector extensions; build with g++ or clang"
+#endif

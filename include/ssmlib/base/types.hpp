@@ -1,0 +1,46 @@
+#pragma once
+
+#include <bit>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace ssm {
+
+/// Sizes, strides and token positions. Signed 64-bit, so that differences and products are safe.
+using index_t = std::int64_t;
+
+/// A 16-bit storage type: the upper half of an IEEE binary32. It has no arithmetic of its own:
+/// kernels widen to float, compute and accumulate in float, and round once when they store.
+struct bf16 {
+  std::uint16_t bits = 0;
+
+  bf16() = default;
+  /// Rounds to nearest, ties to even; NaN stays NaN.
+  explicit bf16(float x) {
+    const auto u = std::bit_cast<std::uint32_t>(x);
+    const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+    const std::uint32_t rounded = u + 0x7fffu + ((u >> 16) & 1u);
+    bits = nan ? static_cast<std::uint16_t>((u >> 16) | 0x40u)
+               : static_cast<std::uint16_t>(rounded >> 16);
+  }
+  explicit operator float() const { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
+  friend bool operator==(bf16, bf16) = default;  // compares bits: a storage type
+};
+
+/// Types that a tensor can hold.
+template <class T>
+concept Element = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, bf16> ||
+                  std::same_as<T, std::int32_t> || std::same_as<T, std::int64_t>;
+
+/// Types that algorithms compute in: float, and double for tests and references.
+template <class T>
+concept Real = std::same_as<T, float> || std::same_as<T, double>;
+
+/// The type that sums of T are accumulated in.
+template <class T>
+using accum_t = std::conditional_t<std::is_same_v<T, bf16>, float, T>;
+
+}  // namespace ssm

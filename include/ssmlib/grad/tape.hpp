@@ -1,0 +1,163 @@
+#pragma once
+
+#include <functional>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include <ssmlib/lower/evaluate.hpp>
+
+namespace ssm {
+
+/// Reverse-mode differentiation, one entry per evaluated expression.
+///
+/// Gradients are found by memory: the gradient of a tensor is the same geometry over a gradient
+/// buffer that belongs to the tensor's buffer. So a slice or a reshape needs no entry: the gradient
+/// of a part is that part of the gradient, and everything accumulates with +=.
+///
+/// An entry keeps what it captured (tensors, by count) until it has run. A null tape* means
+/// inference: the same code, nothing saved.
+template <Real T, Backend B = cpu>
+class tape {
+ public:
+  tape() = default;
+  tape(const tape&) = delete;
+  tape& operator=(const tape&) = delete;
+
+  /// Wants the gradient of a parameter. It accumulates over backward() calls until
+  /// zero_gradients().
+  template <int R>
+  void watch(const tensor<T, R, B>& parameter) {
+    slots_[parameter.storage().id()] = {parameter.storage(), {}, true};
+  }
+  template <int R>
+  void unwatch(const tensor<T, R, B>& parameter) {
+    slots_.erase(parameter.storage().id());
+  }
+
+  /// Whether any gradient through t is wanted.
+  template <int R>
+  [[nodiscard]] bool wants(const tensor<T, R, B>& t) const {
+    return t && slots_.contains(t.storage().id());
+  }
+
+  /// The gradient of t so far, to read or to add to; absent if it is not wanted.
+  template <int R>
+  [[nodiscard]] tensor<T, R, B> gradient(const tensor<T, R, B>& t) {
+    if (!t) return {};
+    const auto found = slots_.find(t.storage().id());
+    if (found == slots_.end()) return {};
+    return t.rebind(gradient_buffer(found->second));
+  }
+
+  /// Appends an entry for `output`: backward() will run `add_gradients`, which reads
+  /// gradient(output) and adds to the gradients of what it captured.
+  template <int R, class F>
+  void record(const tensor<T, R, B>& output, F add_gradients) {
+    slots_.try_emplace(output.storage().id(), slot{output.storage(), {}, false});
+    entries_.push_back({output.storage().id(), std::move(add_gradients)});
+  }
+
+  /// Runs the entries from the last to the first and drops them. Seed the result first, by filling
+  /// gradient(loss).
+  void backward() { backward_to(0); }
+
+  /// The number of entries now, for backward_to: how checkpointing nests.
+  [[nodiscard]] std::size_t mark() const { return entries_.size(); }
+  void backward_to(std::size_t mark) {
+    while (entries_.size() > mark) {
+      entry last = std::move(entries_.back());
+      entries_.pop_back();
+      const auto found = slots_.find(last.output);
+      if (found != slots_.end() && found->second.gradient.id() != nullptr) last.run();
+      // Entries are run in reverse, so nobody else reads this gradient.
+      const auto again = slots_.find(last.output);
+      if (again != slots_.end() && !again->second.parameter) slots_.erase(again);
+    }
+  }
+
+  /// Drops entries and the gradients of everything that is not a watched parameter.
+  void clear() {
+    entries_.clear();
+    std::erase_if(slots_, [](const auto& item) { return !item.second.parameter; });
+  }
+  void zero_gradients() {
+    for (auto& [id, s] : slots_) {
+      if (s.gradient.id() != nullptr) std::memset(s.gradient.data(), 0, s.gradient.bytes());
+    }
+  }
+
+ private:
+  struct slot {
+    buffer<B> value;  // keeps the address from being reused
+    buffer<B> gradient;
+    bool parameter;
+  };
+  struct entry {
+    const void* output;
+    std::function<void()> run;
+  };
+
+  const buffer<B>& gradient_buffer(slot& s) {
+    if (s.gradient.id() == nullptr) {
+      s.gradient = buffer<B>(s.value.bytes());
+      std::memset(s.gradient.data(), 0, s.gradient.bytes());
+    }
+    return s.gradient;
+  }
+
+  std::unordered_map<const void*, slot> slots_;
+  std::vector<entry> entries_;
+};
+
+/// Anything with operands, an eval and a vjp_into: mixer products and elementwise expressions.
+template <class E>
+concept Differentiable = requires(E& e) {
+  typename E::value_type;
+  E::operands(e, [](std::string_view, auto&, operand) {});
+};
+
+/// Evaluates e, and records its vector-Jacobian product when t is not null and any operand's
+/// gradient is wanted.
+template <Differentiable E>
+[[nodiscard]] auto eval(const E& e, tape<typename E::value_type>* t,
+                        const cpu::context& ctx = default_context<cpu>()) {
+  auto y = eval(e, ctx);
+  if (t == nullptr) return y;
+  bool wanted = false;
+  E::operands(e, [&](std::string_view, const auto& tensor, operand) {
+    if constexpr (requires { t->wants(tensor); }) wanted = wanted || t->wants(tensor);
+  });
+  if (!wanted) return y;
+  t->record(y, [e, y, t, &ctx] {
+    E gradients = e;
+    E::operands(gradients, [&](std::string_view, auto& tensor, operand) {
+      if constexpr (requires { t->gradient(tensor); }) {
+        tensor = t->gradient(tensor);
+      } else {
+        tensor = {};
+      }
+    });
+    vjp_into(e, t->gradient(y), gradients, ctx);
+  });
+  return y;
+}
+
+/// y = f(x, tape) without keeping what f saves: the backward pass runs f again. For layers whose
+/// activations do not fit.
+/// @param f  T(const tensor<T, R>&, tape<T>*), the same result each time
+/// @cost  one more forward pass of f; memory: x and y.
+template <Real T, int R, class F>
+[[nodiscard]] auto checkpoint(const tensor<T, R>& x, tape<T>* t, F f) {
+  auto y = f(x, static_cast<tape<T>*>(nullptr));
+  if (t == nullptr) return y;
+  t->record(y, [x, y, t, f] {
+    const std::size_t mark = t->mark();
+    const auto again = f(x, t);
+    if (const auto d = t->gradient(again)) detail::add_to(d, t->gradient(y));
+    t->backward_to(mark);
+  });
+  return y;
+}
+
+}  // namespace ssm

@@ -1,0 +1,86 @@
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <numbers>
+
+#include <ssmlib/tensor/tensor.hpp>
+
+namespace ssm {
+
+/// Philox 4x32-10: a counter-based generator. The n-th number of a stream depends on
+/// (seed, stream, n) only, so that draws are reproducible in any order and on any backend.
+/// @source Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+class philox {
+ public:
+  explicit philox(std::uint64_t seed, std::uint64_t stream = 0) : seed_(seed), stream_(stream) {}
+
+  [[nodiscard]] static std::array<std::uint32_t, 4> block(std::uint64_t seed, std::uint64_t stream,
+                                                          std::uint64_t counter) {
+    std::array<std::uint32_t, 4> c{static_cast<std::uint32_t>(counter),
+                                   static_cast<std::uint32_t>(counter >> 32),
+                                   static_cast<std::uint32_t>(stream),
+                                   static_cast<std::uint32_t>(stream >> 32)};
+    auto k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c[0];
+      const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * c[2];
+      c = {static_cast<std::uint32_t>(p1 >> 32) ^ c[1] ^ k0, static_cast<std::uint32_t>(p1),
+           static_cast<std::uint32_t>(p0 >> 32) ^ c[3] ^ k1, static_cast<std::uint32_t>(p0)};
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    return c;
+  }
+
+  /// The next 32 random bits.
+  std::uint32_t bits() {
+    if (used_ == 4) {
+      block_ = block(seed_, stream_, counter_++);
+      used_ = 0;
+    }
+    return block_[static_cast<std::size_t>(used_++)];
+  }
+  /// In [0, 1), a multiple of 2^-53.
+  double uniform() {
+    const std::uint64_t high = bits() >> 5, low = bits() >> 6;
+    return static_cast<double>(high * 67108864 + low) * 0x1p-53;
+  }
+  double uniform(double low, double high) { return low + (high - low) * uniform(); }
+  /// Standard normal (Box-Muller).
+  double normal() {
+    const double u = 1.0 - uniform(), v = uniform();
+    return std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * std::numbers::pi * v);
+  }
+  /// Uniform in [0, n).
+  index_t below(index_t n) {
+    return static_cast<index_t>(uniform() * static_cast<double>(n));
+  }
+
+ private:
+  std::uint64_t seed_, stream_, counter_ = 0;
+  std::array<std::uint32_t, 4> block_{};
+  int used_ = 4;
+};
+
+/// A new tensor with independent uniform elements in [low, high).
+template <Real T, int R>
+[[nodiscard]] tensor<T, R> uniform(const shape<R>& extents, double low, double high,
+                                   std::uint64_t seed) {
+  tensor<T, R> t(extents);
+  philox random(seed);
+  for (index_t i = 0; i < t.size(); ++i) t.data()[i] = static_cast<T>(random.uniform(low, high));
+  return t;
+}
+
+/// A new tensor with independent normal elements of the given standard deviation.
+template <Real T, int R>
+[[nodiscard]] tensor<T, R> normal(const shape<R>& extents, double deviation, std::uint64_t seed) {
+  tensor<T, R> t(extents);
+  philox random(seed);
+  for (index_t i = 0; i < t.size(); ++i) t.data()[i] = static_cast<T>(deviation * random.normal());
+  return t;
+}
+
+}  // namespace ssm

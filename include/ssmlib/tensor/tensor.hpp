@@ -1,0 +1,345 @@
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <numeric>
+#include <utility>
+
+#include <ssmlib/backend/backend.hpp>
+#include <ssmlib/backend/cpu.hpp>
+#include <ssmlib/backend/cpu_memory.hpp>
+#include <ssmlib/tensor/shape.hpp>
+#include <ssmlib/tensor/view.hpp>
+
+namespace ssm {
+
+/// A counted block of memory from the backend's pool. Its address is its identity: the tape keys
+/// gradients by it, and assignment detects aliasing by it.
+template <Backend B>
+class buffer {
+ public:
+  using resource = typename B::memory_resource;
+
+  buffer() = default;
+  explicit buffer(std::size_t bytes) : block_(create(bytes)) {}
+  buffer(const buffer& other) noexcept : block_(other.block_) { acquire(); }
+  buffer(buffer&& other) noexcept : block_(std::exchange(other.block_, nullptr)) {}
+  buffer& operator=(buffer other) noexcept {
+    std::swap(block_, other.block_);
+    return *this;
+  }
+  ~buffer() { release(); }
+
+  [[nodiscard]] void* data() const { return block_ ? block_ + 1 : nullptr; }
+  [[nodiscard]] std::size_t bytes() const { return block_ ? block_->bytes : 0; }
+  [[nodiscard]] const void* id() const { return block_; }
+  [[nodiscard]] index_t use_count() const {
+    return block_ ? block_->count.load(std::memory_order_relaxed) : 0;
+  }
+
+ private:
+  struct alignas(resource::alignment) header {
+    std::atomic<index_t> count{1};
+    std::size_t bytes = 0;
+  };
+
+  static header* create(std::size_t bytes) {
+    void* raw = resource::instance().allocate(sizeof(header) + bytes);
+    auto* block = new (raw) header;
+    block->bytes = bytes;
+    return block;
+  }
+  void acquire() const {
+    if (block_) block_->count.fetch_add(1, std::memory_order_relaxed);
+  }
+  void release() {
+    if (block_ && block_->count.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      const std::size_t bytes = block_->bytes;
+      block_->~header();
+      resource::instance().deallocate(block_, sizeof(header) + bytes);
+    }
+    block_ = nullptr;
+  }
+
+  header* block_ = nullptr;
+};
+
+/// A tensor of rank 1 to 4, stored (batch, time, head, feature), last index fastest, possibly a
+/// strided part of a larger one.
+///
+/// It owns its elements by count: copying a tensor shares them (one atomic increment), slicing and
+/// reshaping share them too, `clone()` copies them. Expression nodes hold tensors by value, so no
+/// node can outlive what it reads. A default tensor holds nothing; nodes use it as "absent".
+template <Element T, int Rank, Backend B = cpu>
+class tensor {
+  static_assert(Rank >= 1 && Rank <= 4, "ssm: tensors have rank 1 to 4; merge axes with reshape");
+
+ public:
+  using value_type = T;
+  using backend = B;
+  static constexpr int rank = Rank;
+
+  tensor() = default;
+
+  /// Uninitialised elements. @throws shape_error  a negative extent.
+  explicit tensor(const shape<Rank>& extents)
+      : extents_(extents), strides_(dense_strides(extents)) {
+    for (const index_t e : extents) {
+      if (e < 0) {
+        throw shape_error("ssm: tensor" + to_string<Rank>(extents) +
+                          ": an extent is negative; extents are counts");
+      }
+    }
+    buffer_ = buffer<B>(static_cast<std::size_t>(element_count(extents)) * sizeof(T));
+    data_ = static_cast<T*>(buffer_.data());
+  }
+  template <class... I>
+    requires(sizeof...(I) == Rank && (std::convertible_to<I, index_t> && ...))
+  explicit tensor(I... extents) : tensor(shape<Rank>{static_cast<index_t>(extents)...}) {}
+
+  [[nodiscard]] static tensor full(const shape<Rank>& extents, T value) {
+    tensor t(extents);
+    t.fill(value);
+    return t;
+  }
+  [[nodiscard]] static tensor zeros(const shape<Rank>& extents) { return full(extents, T(0.0f)); }
+  template <class... I>
+    requires(sizeof...(I) == Rank && (std::convertible_to<I, index_t> && ...))
+  [[nodiscard]] static tensor zeros(I... extents) {
+    return zeros(shape<Rank>{static_cast<index_t>(extents)...});
+  }
+
+  [[nodiscard]] const shape<Rank>& extents() const { return extents_; }
+  [[nodiscard]] const shape<Rank>& strides() const { return strides_; }
+  [[nodiscard]] index_t extent(int d) const { return extents_[static_cast<std::size_t>(d)]; }
+  [[nodiscard]] index_t size() const { return data_ ? element_count(extents_) : 0; }
+  [[nodiscard]] T* data() const { return data_; }
+  [[nodiscard]] const buffer<B>& storage() const { return buffer_; }
+  /// False for a default tensor, which holds nothing.
+  explicit operator bool() const { return data_ != nullptr; }
+
+  [[nodiscard]] ssm::view<T, Rank> view() const { return {data_, extents_, strides_}; }
+  [[nodiscard]] ssm::view<const T, Rank> const_view() const { return {data_, extents_, strides_}; }
+
+  /// Unchecked element access; the CPU only.
+  template <class... I>
+    requires(sizeof...(I) == Rank)
+  T& operator()(I... i) const {
+    return ssm::view<T, Rank>{data_, extents_, strides_}(i...);
+  }
+
+  [[nodiscard]] bool is_contiguous() const {
+    index_t step = 1;
+    for (int d = Rank - 1; d >= 0; --d) {
+      const auto i = static_cast<std::size_t>(d);
+      if (extents_[i] != 1 && strides_[i] != step) return false;
+      step *= extents_[i];
+    }
+    return true;
+  }
+
+  /// A deep copy with dense strides.
+  [[nodiscard]] tensor clone() const {
+    if (!data_) return {};
+    tensor out(extents_);
+    out.copy_from(*this);
+    return out;
+  }
+  /// This tensor when it is dense, else a dense copy.
+  [[nodiscard]] tensor contiguous() const { return is_contiguous() ? *this : clone(); }
+
+  /// Copies elements. @throws shape_error  the shapes differ.
+  void copy_from(const tensor& other) const {
+    if (other.extents_ != extents_) {
+      throw shape_error("ssm: copy_from: the source is " + to_string<Rank>(other.extents_) +
+                        ", the destination is " + to_string<Rank>(extents_) +
+                        "; reshape or slice one of them");
+    }
+    if (size() == 0) return;
+    if (is_contiguous() && other.is_contiguous()) {
+      std::memmove(data_, other.data_, static_cast<std::size_t>(size()) * sizeof(T));
+      return;
+    }
+    zip(*this, other, [](T& a, const T& b) { a = b; });
+  }
+  void fill(T value) const {
+    if (size() == 0) return;
+    if (is_contiguous()) {
+      std::fill_n(data_, size(), value);
+    } else {
+      zip(*this, *this, [value](T& a, const T&) { a = value; });
+    }
+  }
+
+  /// The part [begin, end) of axis d, sharing the elements. @throws shape_error  out of range.
+  [[nodiscard]] tensor slice(int d, index_t begin, index_t end) const {
+    if (d < 0 || d >= Rank || begin < 0 || end < begin || end > extent(d)) {
+      throw shape_error("ssm: slice(axis " + std::to_string(d) + ", " + std::to_string(begin) +
+                        ", " + std::to_string(end) + ") of " + to_string<Rank>(extents_) +
+                        " is out of range; wanted 0 <= begin <= end <= extent");
+    }
+    tensor out = *this;
+    out.extents_[static_cast<std::size_t>(d)] = end - begin;
+    if (data_) out.data_ = data_ + begin * strides_[static_cast<std::size_t>(d)];
+    return out;
+  }
+
+  /// The same elements under other extents, shared. Axes may be merged or split wherever their
+  /// strides allow it: the parts of a projection, (b, T, H*P), become (b, T, H, P) without a copy.
+  /// @throws shape_error  another number of elements, or strides that do not allow it (use
+  ///                      contiguous() first).
+  template <int R2>
+  [[nodiscard]] tensor<T, R2, B> reshape(const shape<R2>& extents) const;
+  template <class... I>
+    requires(std::convertible_to<I, index_t> && ...)
+  [[nodiscard]] auto reshape(I... extents) const {
+    return reshape<static_cast<int>(sizeof...(I))>(
+        shape<static_cast<int>(sizeof...(I))>{static_cast<index_t>(extents)...});
+  }
+
+  /// The tensor with the same geometry over another buffer: the gradient of a part is the same
+  /// part of the gradient. @pre `other` is at least as large as this tensor's buffer.
+  [[nodiscard]] tensor rebind(const buffer<B>& other) const {
+    tensor out = *this;
+    out.buffer_ = other;
+    out.data_ = static_cast<T*>(other.data()) + (data_ - static_cast<T*>(buffer_.data()));
+    return out;
+  }
+
+  /// f(mine, theirs) for every pair of elements. @pre equal shapes
+  template <class F>
+  void zip_with(const tensor& other, F f) const {
+    zip(*this, other, f);
+  }
+
+ private:
+  template <Element, int, Backend>
+  friend class tensor;
+
+  template <class F>
+  static void zip(const tensor& a, const tensor& b, F f) {
+    shape<4> n{1, 1, 1, 1}, sa{}, sb{};
+    for (std::size_t d = 0; d < Rank; ++d) {
+      n[4 - Rank + d] = a.extents_[d];
+      sa[4 - Rank + d] = a.strides_[d];
+      sb[4 - Rank + d] = b.strides_[d];
+    }
+    for (index_t i = 0; i < n[0]; ++i) {
+      for (index_t j = 0; j < n[1]; ++j) {
+        for (index_t k = 0; k < n[2]; ++k) {
+          T* pa = a.data_ + i * sa[0] + j * sa[1] + k * sa[2];
+          const T* pb = b.data_ + i * sb[0] + j * sb[1] + k * sb[2];
+          for (index_t l = 0; l < n[3]; ++l) f(pa[l * sa[3]], pb[l * sb[3]]);
+        }
+      }
+    }
+  }
+
+  buffer<B> buffer_;
+  T* data_ = nullptr;
+  shape<Rank> extents_{};
+  shape<Rank> strides_{};
+};
+
+namespace detail {
+/// Strides of `extents` over the memory of (old_extents, old_strides), or false.
+template <std::size_t R1, std::size_t R2>
+bool reshaped_strides(const std::array<index_t, R1>& old_extents,
+                      const std::array<index_t, R1>& old_strides,
+                      const std::array<index_t, R2>& extents, std::array<index_t, R2>& strides) {
+  std::size_t i = R1, j = R2;
+  while (j > 0) {
+    index_t want = extents[j - 1], have = 1, step = 0;
+    // Take old axes until they hold at least one new axis; they must be mergeable.
+    std::size_t group_end = j;
+    if (i == 0) {
+      strides[--j] = 1;
+      if (extents[j] != 1) return false;
+      continue;
+    }
+    step = old_strides[i - 1];
+    have = old_extents[i - 1];
+    --i;
+    while (have != want) {
+      if (have < want) {
+        if (i == 0) return false;
+        if (old_extents[i - 1] != 1 && have != 1 && old_strides[i - 1] != step * have) {
+          return false;
+        }
+        if (have == 1) step = old_strides[i - 1];
+        have *= old_extents[--i];
+      } else {
+        if (j <= 1) return false;
+        --j;
+        want *= extents[j - 1];
+      }
+    }
+    index_t s = step;
+    for (std::size_t d = group_end; d-- > j - 1;) {
+      strides[d] = s;
+      s *= extents[d];
+    }
+    --j;
+  }
+  while (i > 0) {
+    if (old_extents[--i] != 1) return false;
+  }
+  return true;
+}
+}  // namespace detail
+
+template <Element T, int Rank, Backend B>
+template <int R2>
+tensor<T, R2, B> tensor<T, Rank, B>::reshape(const shape<R2>& extents) const {
+  tensor<T, R2, B> out;
+  out.buffer_ = buffer_;
+  out.data_ = data_;
+  out.extents_ = extents;
+  const bool same_count = element_count(extents) == element_count(extents_);
+  if (same_count && is_contiguous()) {
+    out.strides_ = dense_strides(extents);
+    return out;
+  }
+  if (!same_count || !detail::reshaped_strides(extents_, strides_, extents, out.strides_)) {
+    throw shape_error("ssm: reshape of " + to_string<Rank>(extents_) + " to " +
+                      to_string<R2>(extents) +
+                      (same_count ? ": the strides do not allow it; call contiguous() first"
+                                  : ": the numbers of elements differ"));
+  }
+  return out;
+}
+
+namespace detail {
+/// to += from, element by element. @pre equal shapes
+template <Element T, int R>
+void add_to(const tensor<T, R, cpu>& to, const tensor<T, R, cpu>& from) {
+  to.zip_with(from, [](T& a, const T& b) { a += b; });
+}
+}  // namespace detail
+
+/// Whether two tensors share memory. By owner, so parts of one tensor always do.
+template <class A, class C>
+[[nodiscard]] bool share_storage(const A& a, const C& c) {
+  return a.storage().id() != nullptr && a.storage().id() == c.storage().id();
+}
+
+/// Converts every element (through float where bf16 is involved).
+template <Element To, Element From, int R>
+[[nodiscard]] tensor<To, R, cpu> cast(const tensor<From, R, cpu>& from) {
+  tensor<To, R, cpu> to(from.extents());
+  const tensor<From, R, cpu> dense = from.contiguous();
+  for (index_t i = 0; i < dense.size(); ++i) {
+    if constexpr (std::same_as<From, bf16>) {
+      to.data()[i] = To(float(dense.data()[i]));
+    } else if constexpr (std::same_as<To, bf16>) {
+      to.data()[i] = bf16(static_cast<float>(dense.data()[i]));
+    } else {
+      to.data()[i] = static_cast<To>(dense.data()[i]);
+    }
+  }
+  return to;
+}
+
+}  // namespace ssm
