@@ -15,7 +15,9 @@
 
 namespace ssm_test {
 using approx = Catch::Approx;
-inline auto contains(std::string s) { return Catch::Matchers::ContainsSubstring(std::move(s)); }
+inline auto contains(std::string s) {
+  return Catch::Matchers::ContainsSubstring(std::move(s));
+}
 }  // namespace ssm_test
 #else
 #include <catch2/catch.hpp>
@@ -25,6 +27,8 @@ inline auto contains(std::string s) { return Catch::Matchers::ContainsSubstring(
 
 namespace ssm_test {
 using approx = Catch::Detail::Approx;  // v2's Catch::Approx names a vector matcher
-inline auto contains(std::string s) { return Catch::Matchers::Contains(std::move(s)); }
+inline auto contains(std::string s) {
+  return Catch::Matchers::Contains(std::move(s));
+}
 }  // namespace ssm_test
 #endif
