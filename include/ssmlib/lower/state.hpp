@@ -1,0 +1,406 @@
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <ssmlib/lower/evaluate.hpp>
+
+namespace ssm {
+
+/// @file
+/// One state for every mixer. A state is a value: copying copies the elements (a fork), == compares
+/// what a later advance can see. It is made for a number of sequences and the longest rollback;
+/// every one has
+///
+///   sequences(), position(i), max_rollback(), can_roll_back(i)
+///   rollback(n) / rollback(span of n per sequence)
+///
+/// and `advance(mixer * X, state)` runs any number of new tokens from any position.
+
+namespace detail {
+
+/// Positions and rollback budget of a batch of sequences: the part all states share.
+class state_positions {
+ public:
+  state_positions() = default;
+  state_positions(index_t sequences, index_t max_rollback)
+      : position_(tensor<index_t, 1>::zeros(sequences)),
+        undoable_(tensor<index_t, 1>::zeros(sequences)),
+        max_rollback_(max_rollback) {
+    if (sequences < 0 || max_rollback < 0) {
+      throw value_error("ssm: a state of " + std::to_string(sequences) +
+                        " sequences with rollback " + std::to_string(max_rollback) +
+                        ": wanted counts that are not negative");
+    }
+  }
+  state_positions(const state_positions& other)
+      : position_(other.position_.clone()),
+        undoable_(other.undoable_.clone()),
+        max_rollback_(other.max_rollback_) {}
+  state_positions(state_positions&&) = default;
+  state_positions& operator=(state_positions other) {
+    position_ = other.position_;
+    undoable_ = other.undoable_;
+    max_rollback_ = other.max_rollback_;
+    return *this;
+  }
+
+  [[nodiscard]] index_t sequences() const { return position_ ? position_.extent(0) : 0; }
+  [[nodiscard]] index_t max_rollback() const { return max_rollback_; }
+  [[nodiscard]] index_t operator[](index_t i) const { return position_(i); }
+  [[nodiscard]] index_t undoable(index_t i) const { return undoable_(i); }
+  [[nodiscard]] std::span<const index_t> all() const {
+    return {position_.data(), static_cast<std::size_t>(sequences())};
+  }
+
+  void advance(index_t i, index_t tokens) {
+    position_(i) += tokens;
+    undoable_(i) = std::min(max_rollback_, undoable_(i) + tokens);
+  }
+  /// @throws value_error  n is negative or more than can be undone; nothing has changed then.
+  void check_rollback(index_t i, index_t n) const {
+    if (n < 0 || n > undoable_(i)) {
+      throw value_error("ssm: rollback(" + std::to_string(n) + ") of sequence " +
+                        std::to_string(i) + ": " + std::to_string(undoable_(i)) +
+                        " tokens can be undone (max_rollback " + std::to_string(max_rollback_) +
+                        "); make the state with a larger max_rollback");
+    }
+  }
+  void check_rollback(std::span<const index_t> n) const {
+    if (static_cast<index_t>(n.size()) != sequences()) {
+      throw shape_error("ssm: rollback: " + std::to_string(n.size()) + " counts for " +
+                        std::to_string(sequences()) + " sequences; give one each");
+    }
+    for (index_t i = 0; i < sequences(); ++i) {
+      check_rollback(i, n[static_cast<std::size_t>(i)]);
+    }
+  }
+  void rollback(index_t i, index_t n) {
+    position_(i) -= n;
+    undoable_(i) -= n;
+  }
+  /// @throws shape_error  the layout has another number of sequences.
+  void check_layout(const sequence_layout& layout) const {
+    if (layout.sequences() != sequences()) {
+      throw shape_error("ssm: advance: the tokens are of " + std::to_string(layout.sequences()) +
+                        " sequences, the state of " + std::to_string(sequences()) +
+                        "; wanted the same");
+    }
+  }
+  friend bool operator==(const state_positions& a, const state_positions& b) {
+    return std::ranges::equal(a.all(), b.all());
+  }
+
+ private:
+  tensor<index_t, 1> position_, undoable_;
+  index_t max_rollback_ = 0;
+};
+
+/// Calls f(i, n[i]) for all sequences after all counts have been checked.
+template <class F>
+void roll_back_each(state_positions& positions, std::span<const index_t> n, F f) {
+  positions.check_rollback(n);
+  for (index_t i = 0; i < positions.sequences(); ++i) {
+    const index_t count = n[static_cast<std::size_t>(i)];
+    if (count == 0) continue;
+    f(i, count);
+    positions.rollback(i, count);
+  }
+}
+
+/// The same count for every sequence.
+[[nodiscard]] inline std::vector<index_t> same_count(index_t sequences, index_t n) {
+  return std::vector<index_t>(static_cast<std::size_t>(sequences), n);
+}
+
+template <Real T, int R>
+[[nodiscard]] bool equal_elements(const tensor<T, R>& a, const tensor<T, R>& b) {
+  if (a.extents() != b.extents()) return false;
+  bool same = true;
+  a.zip_with(b, [&](const T& x, const T& y) { same = same && x == y; });
+  return same;
+}
+
+/// (b, T, ...) -> (1, tokens, ...)
+template <Real T, int R>
+[[nodiscard]] tensor<T, R> as_packed(const tensor<T, R>& t) {
+  shape<R> extents = t.extents();
+  extents[1] *= extents[0];
+  extents[0] = 1;
+  bool mergeable = t.extent(0) <= 1 || t.strides()[0] == t.strides()[1] * t.extent(1);
+  return (mergeable ? t : t.clone()).template reshape<R>(extents);
+}
+
+/// The product restricted to the tokens [begin, end) of the packed batch, as one sequence.
+template <MatrixMixer M, int R, class Alg>
+[[nodiscard]] mix<M, 4, Alg> slice_tokens(const mix<M, R, Alg>& e, index_t begin, index_t end) {
+  mix<M, 4, Alg> part{e.mixer, e.x, e.algorithm};
+  decltype(part)::operands(part, [&](std::string_view, auto& t, operand kind) {
+    if constexpr (std::remove_cvref_t<decltype(t)>::rank >= 2) {
+      if (kind == operand::per_token && t) t = as_packed(t).slice(1, begin, end);
+    }
+  });
+  part.mixer.layout = sequence_layout::rectangular(1, end - begin);
+  return part;
+}
+
+}  // namespace detail
+
+/// The state of a recurrent mixer: one (key size x features) matrix a head, in the element type of
+/// the mixer. Rollback policy `snapshot`: the states before each of the last max_rollback tokens.
+/// @cost memory (1 + max_rollback) * sequences * H * N * features
+template <Real T>
+class matrix_state {
+ public:
+  matrix_state() = default;
+  matrix_state(index_t sequences, index_t heads, index_t key_size, index_t features,
+               index_t max_rollback)
+      : positions_(sequences, max_rollback),
+        value_(tensor<T, 4>::zeros(sequences, heads, key_size, features)) {
+    if (max_rollback > 0) {
+      snapshots_ = tensor<T, 4>(max_rollback * sequences, heads, key_size, features);
+    }
+  }
+  matrix_state(const matrix_state& other)
+      : positions_(other.positions_),
+        value_(other.value_.clone()),
+        snapshots_(other.snapshots_.clone()) {}
+  matrix_state(matrix_state&&) = default;
+  matrix_state& operator=(matrix_state other) {
+    positions_ = std::move(other.positions_);
+    value_ = std::move(other.value_);
+    snapshots_ = std::move(other.snapshots_);
+    return *this;
+  }
+
+  [[nodiscard]] index_t sequences() const { return positions_.sequences(); }
+  [[nodiscard]] index_t position(index_t i) const { return positions_[i]; }
+  [[nodiscard]] index_t max_rollback() const { return positions_.max_rollback(); }
+  [[nodiscard]] index_t can_roll_back(index_t i) const { return positions_.undoable(i); }
+  /// (sequences, H, key size, features)
+  [[nodiscard]] const tensor<T, 4>& value() const { return value_; }
+
+  /// Undoes the last n tokens. @throws value_error  more than can be undone; nothing changes then.
+  void rollback(index_t n) { rollback(detail::same_count(sequences(), n)); }
+  void rollback(std::span<const index_t> n) {
+    detail::roll_back_each(positions_, n, [&](index_t i, index_t count) {
+      const index_t row = (positions_[i] - count) % max_rollback() * sequences() + i;
+      value_.slice(0, i, i + 1).copy_from(snapshots_.slice(0, row, row + 1));
+    });
+  }
+
+  friend bool operator==(const matrix_state& a, const matrix_state& b) {
+    return a.positions_ == b.positions_ && detail::equal_elements(a.value_, b.value_);
+  }
+
+  template <RecurrentMixer M, int R, class Alg>
+  friend tensor<typename M::value_type, R> advance(const mix<M, R, Alg>& e,
+                                                   matrix_state<typename M::value_type>& state,
+                                                   const cpu::context& ctx);
+
+ private:
+  [[nodiscard]] carry<T> whole() const {
+    return {value_, value_, snapshots_, max_rollback(), positions_.all().data()};
+  }
+
+  detail::state_positions positions_;
+  tensor<T, 4> value_;
+  tensor<T, 4> snapshots_;
+};
+
+/// A state for mixer * X with `sequences` sequences, empty.
+/// @param prototype  any product of the type and feature sizes that will be advanced
+template <RecurrentMixer M, int R, class Alg>
+[[nodiscard]] matrix_state<typename M::value_type> make_state(const mix<M, R, Alg>& prototype,
+                                                              index_t sequences,
+                                                              index_t max_rollback = 0) {
+  return {sequences, prototype.heads(), prototype.mixer.key_size(),
+          prototype.mixer.state_features(prototype.x.extent(3)), max_rollback};
+}
+
+/// Runs the new tokens that e's operands hold, one layout sequence for each of the state's, from
+/// where the state stands.
+///
+/// Pieces of at most 16 tokens a sequence run one token after another: each token has the same
+/// bits whatever the split and whatever else is in the batch. Longer ones run by e's algorithm.
+/// @return the rows that one pass over everything would give
+/// @throws shape_error  another number of sequences, heads or features than the state has.
+template <RecurrentMixer M, int R, class Alg>
+[[nodiscard]] tensor<typename M::value_type, R> advance(
+    const mix<M, R, Alg>& e, matrix_state<typename M::value_type>& state,
+    const cpu::context& ctx = default_context<cpu>()) {
+  using T = typename M::value_type;
+  const sequence_layout layout = layout_of(e.mixer);
+  state.positions_.check_layout(layout);
+  const shape<4> wanted{state.sequences(), e.heads(), e.mixer.key_size(),
+                        e.mixer.state_features(e.x.extent(3))};
+  if (state.value_.extents() != wanted) {
+    throw shape_error("ssm: advance: the state is " + to_string<4>(state.value_.extents()) +
+                      ", the mixer needs " + to_string<4>(wanted) +
+                      ", (sequences x heads x key size x features)");
+  }
+  tensor<T, 4> y(e.extents());
+  const index_t longest = layout.max_length();
+  if (longest <= 16) {
+    eval_into(e.with(alg::recurrent{}), y, state.whole(), ctx);
+  } else if (state.max_rollback() == 0) {
+    eval_into(e, y, state.whole(), ctx);
+  } else {
+    // The last max_rollback tokens of each sequence go one by one, for their snapshots.
+    const tensor<T, 4> rows = detail::as_packed(y);
+    for (index_t i = 0; i < layout.sequences(); ++i) {
+      const index_t begin = layout.begin(i), end = layout.end(i);
+      const index_t middle = std::max(begin, end - std::max<index_t>(state.max_rollback(), 1));
+      const tensor<T, 4> value = state.value_.slice(0, i, i + 1);
+      if (middle > begin) {
+        eval_into(detail::slice_tokens(e, begin, middle), rows.slice(1, begin, middle),
+                  {value, value, {}, 0, nullptr}, ctx);
+      }
+      if (end > middle) {
+        // Rows of sequence i within the ring: one sequence of a batch of `sequences`.
+        const index_t first = state.positions_[i] + (middle - begin);
+        tensor<T, 4> ring(shape<4>{state.max_rollback(), wanted[1], wanted[2], wanted[3]});
+        eval_into(detail::slice_tokens(e, middle, end).with(alg::recurrent{}),
+                  rows.slice(1, middle, end), {value, value, ring, state.max_rollback(), &first},
+                  ctx);
+        for (index_t p = first; p < first + (end - middle); ++p) {
+          const index_t slot = p % state.max_rollback();
+          const index_t row = slot * state.sequences() + i;
+          state.snapshots_.slice(0, row, row + 1).copy_from(ring.slice(0, slot, slot + 1));
+        }
+      }
+    }
+  }
+  for (index_t i = 0; i < layout.sequences(); ++i) state.positions_.advance(i, layout.length(i));
+  return detail::demote<R>(y);
+}
+
+/// The state of a causal mixer that has no better one: the operands of all tokens so far. Advancing
+/// multiplies by the last rows of dense(), the quadratic reference.
+/// @cost O(position^2) an advance; for references and mixers under construction.
+template <MatrixMixer M>
+class history_state {
+ public:
+  using value_type = typename M::value_type;
+
+  history_state(index_t sequences, index_t max_rollback)
+      : positions_(sequences, max_rollback),
+        tokens_(static_cast<std::size_t>(sequences)) {}
+  history_state(const history_state& other)
+      : positions_(other.positions_), tokens_(other.tokens_) {}
+  history_state(history_state&&) = default;
+  history_state& operator=(const history_state&) = default;
+  history_state& operator=(history_state&&) = default;
+
+  [[nodiscard]] index_t sequences() const { return positions_.sequences(); }
+  [[nodiscard]] index_t position(index_t i) const { return positions_[i]; }
+  [[nodiscard]] index_t max_rollback() const { return positions_.max_rollback(); }
+  [[nodiscard]] index_t can_roll_back(index_t i) const { return positions_.undoable(i); }
+
+  void rollback(index_t n) { rollback(detail::same_count(sequences(), n)); }
+  void rollback(std::span<const index_t> n) {
+    detail::roll_back_each(positions_, n, [&](index_t i, index_t count) {
+      auto& kept = tokens_[static_cast<std::size_t>(i)];
+      kept.front() = detail::slice_tokens(kept.front(), 0, positions_[i] - count);
+    });
+  }
+  friend bool operator==(const history_state& a, const history_state& b) {
+    if (!(a.positions_ == b.positions_)) return false;
+    for (std::size_t i = 0; i < a.tokens_.size(); ++i) {
+      if (a.tokens_[i].size() != b.tokens_[i].size()) return false;
+      if (a.tokens_[i].empty()) continue;
+      if (!same_operands(a.tokens_[i].front(), b.tokens_[i].front())) return false;
+    }
+    return true;
+  }
+
+  template <MatrixMixer N, int R, class Alg>
+  friend tensor<typename N::value_type, R> advance(const mix<N, R, Alg>& e,
+                                                   history_state<N>& state,
+                                                   const cpu::context& ctx);
+
+ private:
+  using product = mix<M, 4, alg::quadratic>;
+
+  // f(a's operand, b's operand) in order, for operands of one type.
+  template <class F>
+  static void zip_operands(product& a, product& b, F f) {
+    index_t index = 0;
+    product::operands(a, [&](std::string_view, auto& left, operand kind) {
+      index_t other = 0;
+      product::operands(b, [&](std::string_view, auto& right, operand) {
+        if (other++ != index) return;
+        if constexpr (std::same_as<decltype(left), decltype(right)>) f(left, right, kind);
+      });
+      ++index;
+    });
+  }
+  static bool same_operands(product a, product b) {
+    bool same = true;
+    zip_operands(a, b, [&](auto& left, auto& right, operand) {
+      same = same && detail::equal_elements(left, right);
+    });
+    return same;
+  }
+  static product joined(product past, product fresh) {
+    const index_t before = past.x.extent(1);
+    product all = fresh;
+    zip_operands(all, past, [&](auto& to, auto& from, operand kind) {
+      if constexpr (std::remove_cvref_t<decltype(to)>::rank >= 2) {
+        if (kind != operand::per_token || !to) return;
+        auto extents = to.extents();
+        const index_t added = extents[1];
+        extents[1] += before;
+        std::remove_cvref_t<decltype(to)> both(extents);
+        both.slice(1, 0, before).copy_from(from);
+        both.slice(1, before, before + added).copy_from(to);
+        to = both;
+      }
+    });
+    all.mixer.layout = sequence_layout::rectangular(1, all.x.extent(1));
+    return all;
+  }
+
+  detail::state_positions positions_;
+  std::vector<std::vector<product>> tokens_;  // none or one product a sequence
+};
+
+template <MatrixMixer M, int R, class Alg>
+  requires(!RecurrentMixer<M>)
+[[nodiscard]] history_state<M> make_state(const mix<M, R, Alg>&, index_t sequences,
+                                          index_t max_rollback = 0) {
+  return {sequences, max_rollback};
+}
+
+template <MatrixMixer M, int R, class Alg>
+[[nodiscard]] tensor<typename M::value_type, R> advance(
+    const mix<M, R, Alg>& e, history_state<M>& state,
+    const cpu::context& ctx = default_context<cpu>()) {
+  using T = typename M::value_type;
+  const sequence_layout layout = layout_of(e.mixer);
+  state.positions_.check_layout(layout);
+  tensor<T, 4> y(e.extents());
+  const tensor<T, 4> rows = detail::as_packed(y);
+  for (index_t i = 0; i < layout.sequences(); ++i) {
+    const index_t begin = layout.begin(i), end = layout.end(i);
+    if (begin == end) continue;
+    auto& kept = state.tokens_[static_cast<std::size_t>(i)];
+    auto all = detail::slice_tokens(e, begin, end).with(alg::quadratic{});
+    if (kept.empty()) {
+      // Own copies: the caller may reuse its tensors.
+      decltype(all)::operands(all, [](std::string_view, auto& t, operand) { t = t.clone(); });
+    } else {
+      all = history_state<M>::joined(kept.front(), all);
+    }
+    const tensor<T, 4> out = eval(all, ctx);
+    rows.slice(1, begin, end)
+        .copy_from(out.slice(1, out.extent(1) - (end - begin), out.extent(1)));
+    kept.assign(1, all);
+    state.positions_.advance(i, end - begin);
+  }
+  return detail::demote<R>(y);
+}
+
+}  // namespace ssm
