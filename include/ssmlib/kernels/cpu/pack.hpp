@@ -17,6 +17,9 @@
 /// the same source serves every instruction set; only fused multiply-add names x86 intrinsics,
 /// because `-std=c++20` turns off the contraction of `a * b + c`.
 
+/// For lambdas inside kernels: `[&](auto i) SSMLIB_LAMBDA_INLINE { ... }`.
+#define SSMLIB_LAMBDA_INLINE __attribute__((always_inline))
+
 namespace ssm::simd {
 
 /// Bytes of the widest vector that the compiler flags offer.
