@@ -1,5 +1,11 @@
 #pragma once
 
+#include <ssmlib/backend/backend.hpp>
+#include <ssmlib/backend/cpu_memory.hpp>
+#include <ssmlib/base/config.hpp>
+#include <ssmlib/base/error.hpp>
+#include <ssmlib/base/types.hpp>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -10,12 +16,6 @@
 #include <thread>
 #include <type_traits>
 #include <utility>
-
-#include <ssmlib/backend/backend.hpp>
-#include <ssmlib/backend/cpu_memory.hpp>
-#include <ssmlib/base/config.hpp>
-#include <ssmlib/base/error.hpp>
-#include <ssmlib/base/types.hpp>
 
 namespace ssm {
 
@@ -84,7 +84,8 @@ struct cpu {
     void parallel_for(index_t n, F&& f) const {
       if (n <= 0) return;
       if (n == 1 || pool_ == nullptr || detail::inside_task) {
-        for (index_t i = 0; i < n; ++i) f(i);
+        for (index_t i = 0; i < n; ++i)
+          f(i);
         return;
       }
       auto call = [](void* argument, index_t i) {

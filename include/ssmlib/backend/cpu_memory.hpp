@@ -1,5 +1,8 @@
 #pragma once
 
+#include <ssmlib/base/error.hpp>
+#include <ssmlib/base/types.hpp>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -9,9 +12,6 @@
 #include <new>
 #include <string>
 #include <vector>
-
-#include <ssmlib/base/error.hpp>
-#include <ssmlib/base/types.hpp>
 
 namespace ssm {
 
@@ -115,7 +115,8 @@ class cpu_memory_pool {
 
   void release_cache() {
     for (auto& blocks : free_) {
-      for (void* block : blocks) std::free(block);
+      for (void* block : blocks)
+        std::free(block);
       blocks.clear();
     }
     stats_.cached = 0;

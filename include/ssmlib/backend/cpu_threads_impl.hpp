@@ -1,10 +1,10 @@
 #pragma once
 
-#include <thread>
-
 #include <ssmlib/backend/cpu.hpp>
 
 #include <unsupported/Eigen/CXX11/ThreadPool>
+
+#include <thread>
 
 #ifdef SSMLIB_COMPILED_SOURCE
 #define SSMLIB_INLINE_IMPL

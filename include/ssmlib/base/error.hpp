@@ -1,11 +1,11 @@
 #pragma once
 
+#include <ssmlib/base/types.hpp>
+
 #include <initializer_list>
 #include <span>
 #include <stdexcept>
 #include <string>
-
-#include <ssmlib/base/types.hpp>
 
 namespace ssm {
 

@@ -33,7 +33,7 @@ struct bf16 {
 /// Types that a tensor can hold.
 template <class T>
 concept Element = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, bf16> ||
-                  std::same_as<T, std::int32_t> || std::same_as<T, std::int64_t>;
+    std::same_as<T, std::int32_t> || std::same_as<T, std::int64_t>;
 
 /// Types that algorithms compute in: float, and double for tests and references.
 template <class T>

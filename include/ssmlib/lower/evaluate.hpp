@@ -1,9 +1,9 @@
 #pragma once
 
-#include <string_view>
-
 #include <ssmlib/expr/mix.hpp>
 #include <ssmlib/lower/quadratic.hpp>
+
+#include <string_view>
 
 namespace ssm {
 

@@ -68,8 +68,8 @@ void apply_mixer(const cpu::context& ctx, alg::quadratic, const M& m,
           const view<T, 2> matrix{
               &dense(block, hm, row, row), {n, n}, {dense.strides()[2], index_t{1}}};
           kernels::gemm<T>(ctx, T(1), matrix,
-                  detail::rows_of(x, b, group_of(h, heads, x.extent(2)), begin, end), T(0),
-                  detail::rows_of(y, b, h, begin, end));
+                           detail::rows_of(x, b, group_of(h, heads, x.extent(2)), begin, end), T(0),
+                           detail::rows_of(y, b, h, begin, end));
         }
       });
 }
@@ -100,7 +100,7 @@ void apply_mixer_vjp(const cpu::context& ctx, alg::quadratic, const M& m,
               &dense(block, hm, row, row), {n, n}, {index_t{1}, dense.strides()[2]}};  // M^T
           if (dx) {
             kernels::gemm<T>(ctx, T(1), matrix, detail::rows_of(dy, b, h, begin, end), T(1),
-                    detail::rows_of(dx, b, hx, begin, end));
+                             detail::rows_of(dx, b, hx, begin, end));
           }
           for (index_t t = 0; t < n; ++t) {
             for (index_t s = 0; s < n; ++s) {

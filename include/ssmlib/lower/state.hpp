@@ -1,11 +1,11 @@
 #pragma once
 
+#include <ssmlib/lower/evaluate.hpp>
+
 #include <algorithm>
 #include <span>
 #include <string>
 #include <vector>
-
-#include <ssmlib/lower/evaluate.hpp>
 
 namespace ssm {
 
@@ -273,7 +273,8 @@ template <RecurrentMixer M, int R, class Alg>
       }
     }
   }
-  for (index_t i = 0; i < layout.sequences(); ++i) state.positions_.advance(i, layout.length(i));
+  for (index_t i = 0; i < layout.sequences(); ++i)
+    state.positions_.advance(i, layout.length(i));
   return detail::demote<R>(y);
 }
 
@@ -286,8 +287,7 @@ class history_state {
   using value_type = typename M::value_type;
 
   history_state(index_t sequences, index_t max_rollback)
-      : positions_(sequences, max_rollback),
-        tokens_(static_cast<std::size_t>(sequences)) {}
+      : positions_(sequences, max_rollback), tokens_(static_cast<std::size_t>(sequences)) {}
   history_state(const history_state& other)
       : positions_(other.positions_), tokens_(other.tokens_) {}
   history_state(history_state&&) = default;
@@ -317,8 +317,7 @@ class history_state {
   }
 
   template <MatrixMixer N, int R, class Alg>
-  friend tensor<typename N::value_type, R> advance(const mix<N, R, Alg>& e,
-                                                   history_state<N>& state,
+  friend tensor<typename N::value_type, R> advance(const mix<N, R, Alg>& e, history_state<N>& state,
                                                    const cpu::context& ctx);
 
  private:
@@ -368,9 +367,9 @@ class history_state {
 };
 
 template <MatrixMixer M, int R, class Alg>
-  requires(!RecurrentMixer<M>)
-[[nodiscard]] history_state<M> make_state(const mix<M, R, Alg>&, index_t sequences,
-                                          index_t max_rollback = 0) {
+requires(!RecurrentMixer<M>)
+    [[nodiscard]] history_state<M> make_state(const mix<M, R, Alg>&, index_t sequences,
+                                              index_t max_rollback = 0) {
   return {sequences, max_rollback};
 }
 
@@ -395,8 +394,7 @@ template <MatrixMixer M, int R, class Alg>
       all = history_state<M>::joined(kept.front(), all);
     }
     const tensor<T, 4> out = eval(all, ctx);
-    rows.slice(1, begin, end)
-        .copy_from(out.slice(1, out.extent(1) - (end - begin), out.extent(1)));
+    rows.slice(1, begin, end).copy_from(out.slice(1, out.extent(1) - (end - begin), out.extent(1)));
     kept.assign(1, all);
     state.positions_.advance(i, end - begin);
   }

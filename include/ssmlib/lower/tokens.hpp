@@ -1,8 +1,8 @@
 #pragma once
 
-#include <utility>
-
 #include <ssmlib/tensor/tensor.hpp>
+
+#include <utility>
 
 namespace ssm::detail {
 
@@ -10,7 +10,8 @@ template <std::size_t R>
 [[nodiscard]] std::array<index_t, R - 1> merge_batch(const std::array<index_t, R>& extents) {
   std::array<index_t, R - 1> merged{};
   merged[0] = extents[0] * extents[1];
-  for (std::size_t d = 2; d < R; ++d) merged[d - 1] = extents[d];
+  for (std::size_t d = 2; d < R; ++d)
+    merged[d - 1] = extents[d];
   return merged;
 }
 
@@ -19,8 +20,8 @@ template <std::size_t R>
 template <Real T, int R>
 [[nodiscard]] bool is_token_major(const tensor<T, R>& t) {
   const bool unit = t.extent(R - 1) <= 1 || t.strides()[R - 1] == 1;
-  return unit && (t.extent(0) <= 1 || t.extent(1) <= 1 ||
-                  t.strides()[0] == t.strides()[1] * t.extent(1));
+  return unit &&
+         (t.extent(0) <= 1 || t.extent(1) <= 1 || t.strides()[0] == t.strides()[1] * t.extent(1));
 }
 
 /// (b, T, ...) -> (tokens, ...) for reading; shares the elements where the strides allow it, which

@@ -1,11 +1,11 @@
 #pragma once
 
+#include <ssmlib/tensor/random.hpp>
+
 #include <cmath>
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include <ssmlib/tensor/random.hpp>
 
 namespace ssm {
 
@@ -58,7 +58,8 @@ template <Real T, class Layer>
 template <Real T>
 [[nodiscard]] index_t parameter_count(const std::vector<parameter<T>>& list) {
   index_t n = 0;
-  for (const auto& p : list) n += p.value.size();
+  for (const auto& p : list)
+    n += p.value.size();
   return n;
 }
 

@@ -1,11 +1,11 @@
 #pragma once
 
+#include <ssmlib/tensor/tensor.hpp>
+
 #include <algorithm>
 #include <initializer_list>
 #include <span>
 #include <vector>
-
-#include <ssmlib/tensor/tensor.hpp>
 
 namespace ssm {
 
@@ -27,7 +27,8 @@ class sequence_layout {
                         std::to_string(length) + "): counts are not negative");
     }
     sequence_layout layout(sequences);
-    for (index_t i = 0; i <= sequences; ++i) layout.offsets_(i) = i * length;
+    for (index_t i = 0; i <= sequences; ++i)
+      layout.offsets_(i) = i * length;
     return layout;
   }
 
@@ -72,7 +73,8 @@ class sequence_layout {
   [[nodiscard]] index_t first_position(index_t i) const { return first_ ? first_(i) : 0; }
   [[nodiscard]] index_t max_length() const {
     index_t n = 0;
-    for (index_t i = 0; i < sequences(); ++i) n = std::max(n, length(i));
+    for (index_t i = 0; i < sequences(); ++i)
+      n = std::max(n, length(i));
     return n;
   }
   /// sequences() + 1 offsets, for kernels.

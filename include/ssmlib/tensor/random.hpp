@@ -1,11 +1,11 @@
 #pragma once
 
+#include <ssmlib/tensor/tensor.hpp>
+
 #include <array>
 #include <cmath>
 #include <cstdint>
 #include <numbers>
-
-#include <ssmlib/tensor/tensor.hpp>
 
 namespace ssm {
 
@@ -18,10 +18,9 @@ class philox {
 
   [[nodiscard]] static std::array<std::uint32_t, 4> block(std::uint64_t seed, std::uint64_t stream,
                                                           std::uint64_t counter) {
-    std::array<std::uint32_t, 4> c{static_cast<std::uint32_t>(counter),
-                                   static_cast<std::uint32_t>(counter >> 32),
-                                   static_cast<std::uint32_t>(stream),
-                                   static_cast<std::uint32_t>(stream >> 32)};
+    std::array<std::uint32_t, 4> c{
+        static_cast<std::uint32_t>(counter), static_cast<std::uint32_t>(counter >> 32),
+        static_cast<std::uint32_t>(stream), static_cast<std::uint32_t>(stream >> 32)};
     auto k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
       const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * c[0];
@@ -54,9 +53,7 @@ class philox {
     return std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * std::numbers::pi * v);
   }
   /// Uniform in [0, n).
-  index_t below(index_t n) {
-    return static_cast<index_t>(uniform() * static_cast<double>(n));
-  }
+  index_t below(index_t n) { return static_cast<index_t>(uniform() * static_cast<double>(n)); }
 
  private:
   std::uint64_t seed_, stream_, counter_ = 0;
@@ -70,7 +67,8 @@ template <Real T, int R>
                                    std::uint64_t seed) {
   tensor<T, R> t(extents);
   philox random(seed);
-  for (index_t i = 0; i < t.size(); ++i) t.data()[i] = static_cast<T>(random.uniform(low, high));
+  for (index_t i = 0; i < t.size(); ++i)
+    t.data()[i] = static_cast<T>(random.uniform(low, high));
   return t;
 }
 
@@ -79,7 +77,8 @@ template <Real T, int R>
 [[nodiscard]] tensor<T, R> normal(const shape<R>& extents, double deviation, std::uint64_t seed) {
   tensor<T, R> t(extents);
   philox random(seed);
-  for (index_t i = 0; i < t.size(); ++i) t.data()[i] = static_cast<T>(deviation * random.normal());
+  for (index_t i = 0; i < t.size(); ++i)
+    t.data()[i] = static_cast<T>(deviation * random.normal());
   return t;
 }
 

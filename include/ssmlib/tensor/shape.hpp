@@ -1,11 +1,11 @@
 #pragma once
 
+#include <ssmlib/base/error.hpp>
+#include <ssmlib/base/types.hpp>
+
 #include <array>
 #include <span>
 #include <string>
-
-#include <ssmlib/base/error.hpp>
-#include <ssmlib/base/types.hpp>
 
 namespace ssm {
 
@@ -21,7 +21,8 @@ template <int R>
 template <std::size_t R>
 [[nodiscard]] index_t element_count(const std::array<index_t, R>& extents) {
   index_t n = 1;
-  for (const index_t e : extents) n *= e;
+  for (const index_t e : extents)
+    n *= e;
   return n;
 }
 

@@ -1,17 +1,17 @@
 #pragma once
 
+#include <ssmlib/backend/backend.hpp>
+#include <ssmlib/backend/cpu.hpp>
+#include <ssmlib/backend/cpu_memory.hpp>
+#include <ssmlib/tensor/shape.hpp>
+#include <ssmlib/tensor/view.hpp>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <new>
 #include <numeric>
 #include <utility>
-
-#include <ssmlib/backend/backend.hpp>
-#include <ssmlib/backend/cpu.hpp>
-#include <ssmlib/backend/cpu_memory.hpp>
-#include <ssmlib/tensor/shape.hpp>
-#include <ssmlib/tensor/view.hpp>
 
 namespace ssm {
 
@@ -96,8 +96,9 @@ class tensor {
     data_ = static_cast<T*>(buffer_.data());
   }
   template <class... I>
-    requires(sizeof...(I) == Rank && (std::convertible_to<I, index_t> && ...))
-  explicit tensor(I... extents) : tensor(shape<Rank>{static_cast<index_t>(extents)...}) {}
+  requires(sizeof...(I) == Rank &&
+           (std::convertible_to<I, index_t> && ...)) explicit tensor(I... extents)
+      : tensor(shape<Rank>{static_cast<index_t>(extents)...}) {}
 
   [[nodiscard]] static tensor full(const shape<Rank>& extents, T value) {
     tensor t(extents);
@@ -106,8 +107,8 @@ class tensor {
   }
   [[nodiscard]] static tensor zeros(const shape<Rank>& extents) { return full(extents, T(0.0f)); }
   template <class... I>
-    requires(sizeof...(I) == Rank && (std::convertible_to<I, index_t> && ...))
-  [[nodiscard]] static tensor zeros(I... extents) {
+  requires(sizeof...(I) == Rank && (std::convertible_to<I, index_t> && ...))
+      [[nodiscard]] static tensor zeros(I... extents) {
     return zeros(shape<Rank>{static_cast<index_t>(extents)...});
   }
 
@@ -125,8 +126,7 @@ class tensor {
 
   /// Unchecked element access; the CPU only.
   template <class... I>
-    requires(sizeof...(I) == Rank)
-  T& operator()(I... i) const {
+  requires(sizeof...(I) == Rank) T& operator()(I... i) const {
     return ssm::view<T, Rank>{data_, extents_, strides_}(i...);
   }
 
@@ -193,8 +193,7 @@ class tensor {
   template <int R2>
   [[nodiscard]] tensor<T, R2, B> reshape(const shape<R2>& extents) const;
   template <class... I>
-    requires(std::convertible_to<I, index_t> && ...)
-  [[nodiscard]] auto reshape(I... extents) const {
+  requires(std::convertible_to<I, index_t>&&...) [[nodiscard]] auto reshape(I... extents) const {
     return reshape<static_cast<int>(sizeof...(I))>(
         shape<static_cast<int>(sizeof...(I))>{static_cast<index_t>(extents)...});
   }
@@ -231,7 +230,8 @@ class tensor {
         for (index_t k = 0; k < n[2]; ++k) {
           T* pa = a.data_ + i * sa[0] + j * sa[1] + k * sa[2];
           const T* pb = b.data_ + i * sb[0] + j * sb[1] + k * sb[2];
-          for (index_t l = 0; l < n[3]; ++l) f(pa[l * sa[3]], pb[l * sb[3]]);
+          for (index_t l = 0; l < n[3]; ++l)
+            f(pa[l * sa[3]], pb[l * sb[3]]);
         }
       }
     }

@@ -1,8 +1,8 @@
 #pragma once
 
-#include <type_traits>
-
 #include <ssmlib/tensor/shape.hpp>
+
+#include <type_traits>
 
 namespace ssm {
 
@@ -16,8 +16,7 @@ struct view {
   shape<R> strides{};
 
   template <class... I>
-    requires(sizeof...(I) == R)
-  T& operator()(I... i) const {
+  requires(sizeof...(I) == R) T& operator()(I... i) const {
     index_t offset = 0;
     int d = 0;
     ((offset += static_cast<index_t>(i) * strides[static_cast<std::size_t>(d++)]), ...);
@@ -29,9 +28,7 @@ struct view {
   [[nodiscard]] index_t size() const { return element_count(extents); }
   explicit operator bool() const { return data != nullptr; }
 
-  operator view<const T, R>() const
-    requires(!std::is_const_v<T>)
-  {
+  operator view<const T, R>() const requires(!std::is_const_v<T>) {
     return {data, extents, strides};
   }
 };
