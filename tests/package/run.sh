@@ -8,12 +8,14 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 setting() { sed -nE "s/^$1:[A-Z]+=//p" "$build/CMakeCache.txt"; }
 
-with_cmake() {
+with_cmake() {  # with_cmake "PROGRAM..." OPTIONS...
+  local programs=$1 program
+  shift
   cmake -S "$here" -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -DCMAKE_CXX_COMPILER="$CXX" -DCMAKE_CXX_FLAGS="$(setting CMAKE_CXX_FLAGS)" "$@"
-  cmake --build "$work/build" -j 2
-  "$work/build/consumer"
-  "$work/build/consumer_compiled"
+  # shellcheck disable=SC2086
+  cmake --build "$work/build" -j 2 --target $programs
+  for program in $programs; do "$work/build/$program"; done
 }
 with_compiler() {
   command -v "$CXX" >/dev/null || exit 77
@@ -26,9 +28,10 @@ with_compiler() {
 case $kind in
   find_package)
     cmake --install "$build" --prefix "$work/prefix" >/dev/null
-    with_cmake -DCMAKE_PREFIX_PATH="$work/prefix"
+    with_cmake "consumer consumer_compiled" -DCMAKE_PREFIX_PATH="$work/prefix"
     ;;
-  add_subdirectory) with_cmake -DSSMLIB_SOURCE_DIR="$(cd "$here/../.." && pwd)" ;;
+  # The compiled library would be built once more: find_package has linked the very same one.
+  add_subdirectory) with_cmake consumer -DSSMLIB_SOURCE_DIR="$(cd "$here/../.." && pwd)" ;;
   plain) with_compiler ;;
   plain_avx2)
     grep -qw avx2 /proc/cpuinfo || exit 77
