@@ -31,11 +31,6 @@ set(ssmlib_warning_flags -Wall -Wextra -Wpedantic)
 if(SSMLIB_WERROR)
   list(APPEND ssmlib_warning_flags -Werror)
 endif()
-if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-  # GCC 12 reports Eigen's AVX-512 packets, initialised through intrinsics, as uninitialised.
-  list(APPEND ssmlib_warning_flags -Wno-maybe-uninitialized -Wno-uninitialized)
-endif()
-
 # Compiles TARGET with our warnings, instruction set and sanitizers, at the given optimisation level.
 function(ssmlib_own_target target level)
   target_compile_options(
