@@ -208,7 +208,7 @@ void run_gemm(const cpu::context* ctx, gemm_part part, T alpha, view<const T, 2>
   constexpr index_t small = 16384 / static_cast<index_t>(sizeof(T));
   gemm_pass<T> pass{a, b, c, alpha, beta, part, 0, 0, false, false};
   pass.pack_a = n > 8 * tile::cols && m * k > small;
-  pass.pack_b = b.strides[1] != 1 || (m > 4 * tile::rows && k * n > 4 * small);
+  pass.pack_b = b.strides[1] != 1 || m > 4 * tile::rows;
   const bool parallel = ctx != nullptr && ctx->threads() > 1 && m * n * k > 64 * 64 * 64;
   workspace<T, 128 * 64> right_space;
   for (pass.k_begin = 0; pass.k_begin < k; pass.k_begin = pass.k_end) {

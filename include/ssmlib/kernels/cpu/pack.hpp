@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__FMA__) || defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -119,6 +119,14 @@ struct pack {
   SSMLIB_ALWAYS_INLINE pack& operator*=(pack b) { return *this = *this * b; }
 };
 
+/// Makes the compiler hold x in a register, where it would read memory again for every use.
+template <Real T>
+SSMLIB_ALWAYS_INLINE void keep_in_register([[maybe_unused]] pack<T>& x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x.v));
+#endif
+}
+
 /// a * b + c, rounded once where the hardware can; without such hardware, twice.
 template <Real T>
 [[nodiscard]] SSMLIB_ALWAYS_INLINE pack<T> fma(pack<T> a, pack<T> b, pack<T> c) {
@@ -199,13 +207,19 @@ template <Real T>
 /// The sum of the lanes: halves are added to halves, so the order is a fixed tree.
 template <Real T>
 [[nodiscard]] SSMLIB_ALWAYS_INLINE T horizontal_sum(pack<T> x) {
-  alignas(native_bytes) T lanes[pack<T>::width];
-  x.store(lanes);
-  for (int half = pack<T>::width / 2; half > 0; half /= 2) {
+  constexpr int lane = 16 / static_cast<int>(sizeof(T));
+  typedef T half_vec __attribute__((vector_size(16)));
+  half_vec part[native_bytes / 16];
+  std::memcpy(part, &x.v, sizeof(x.v));
+  for (int half = native_bytes / 32; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i)
-      lanes[i] += lanes[i + half];
+      part[i] += part[i + half];
   }
-  return lanes[0];
+  if constexpr (lane == 4) {
+    return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
+  } else {
+    return part[0][0] + part[0][1];
+  }
 }
 /// The largest lane; NaN lanes are passed over unless the first is one.
 template <Real T>
@@ -218,11 +232,19 @@ template <Real T>
 
 /// `width` bf16 numbers, widened exactly.
 [[nodiscard]] SSMLIB_ALWAYS_INLINE pack<float> load_widened(const bf16* p) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (pack<float>::vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__)  // g++ 12 makes five instructions of the conversion below
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (pack<float>::vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
   typedef std::uint16_t half_vec __attribute__((vector_size(native_bytes / 2)));
   half_vec h;
   std::memcpy(&h, p, sizeof(h));
   const auto wide = __builtin_convertvector(h, pack<float>::uvec) << 16;
   return (pack<float>::vec)wide;
+#endif
 }
 template <Real T>
 [[nodiscard]] SSMLIB_ALWAYS_INLINE pack<T> load_widened(const T* p) {

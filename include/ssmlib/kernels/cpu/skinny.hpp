@@ -7,6 +7,7 @@
 #include <ssmlib/tensor/view.hpp>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -18,40 +19,52 @@ namespace ssm::kernels {
 
 namespace detail {
 
-/// out[i][j] = x[i] . w[j] for Rows x Cols dot products that share their loads. Every dot product
-/// is one running pack over k, then a fixed tree: its bits do not depend on Rows and Cols.
-template <int Rows, int Cols, Real T, class W>
-SSMLIB_ALWAYS_INLINE void dot_block(index_t k, const T* x, index_t x_step, const W* w,
-                                    index_t w_step, T (&out)[Rows][Cols]) {
+/// acc[i * Cols + j] += the packs of x[i] w[j] over k, for Rows x Cols dot products that share
+/// their loads. Each has one running pack: its bits do not depend on Rows, Cols or where k is cut
+/// (at multiples of the width). With Ahead, asks for what lies `ahead` elements beyond in w.
+template <int Rows, int Cols, bool Ahead, Real T, class W>
+SSMLIB_NOINLINE void accumulate_dots(index_t k, const T* SSMLIB_RESTRICT x, index_t x_step,
+                                     const W* SSMLIB_RESTRICT w, index_t w_step,
+                                     simd::pack<T>* SSMLIB_RESTRICT running, index_t ahead) {
   using P = simd::pack<T>;
-  P acc[Rows][Cols];
-  simd::unroll<Rows * Cols>([&](auto e)
-                                SSMLIB_LAMBDA_INLINE { acc[e / Cols][e % Cols] = P(T(0)); });
-  const auto add = [&](const P(&u)[Rows], const P(&v)[Cols]) SSMLIB_LAMBDA_INLINE {
-    simd::unroll<Rows * Cols>([&](auto e) SSMLIB_LAMBDA_INLINE {
-      constexpr int i = decltype(e)::value / Cols, j = decltype(e)::value % Cols;
-      acc[i][j] = simd::fma(u[i], v[j], acc[i][j]);
+  constexpr index_t width = P::width, line = 64 / static_cast<index_t>(sizeof(W));
+  P acc[Rows * Cols];
+  simd::unroll<Rows * Cols>([&](auto e) SSMLIB_LAMBDA_INLINE { acc[e] = running[e]; });
+  const auto add = [&](const P(&v)[Cols], auto load) SSMLIB_LAMBDA_INLINE {
+    simd::unroll<Rows>([&](auto i) SSMLIB_LAMBDA_INLINE {
+      P u = load(x + i * x_step);
+      if constexpr (Rows * Cols > 4) simd::keep_in_register(u);
+      simd::unroll<Cols>([&](auto j) SSMLIB_LAMBDA_INLINE {
+        acc[i * Cols + j] = simd::fma(u, v[j], acc[i * Cols + j]);
+      });
     });
   };
-  P u[Rows], v[Cols];
   index_t p = 0;
-  for (; p + P::width <= k; p += P::width) {
+  const auto step = [&]() SSMLIB_LAMBDA_INLINE {
+    P v[Cols];
     simd::unroll<Cols>([&](auto j)
                            SSMLIB_LAMBDA_INLINE { v[j] = simd::load_widened(w + j * w_step + p); });
-    simd::unroll<Rows>([&](auto i) SSMLIB_LAMBDA_INLINE { u[i] = P::load(x + i * x_step + p); });
-    add(u, v);
+    add(v, [&](const T* row) SSMLIB_LAMBDA_INLINE { return P::load(row + p); });
+    p += width;
+  };
+  while (p + line <= k) {
+    if constexpr (Ahead) {
+      simd::unroll<Cols>([&](auto j) SSMLIB_LAMBDA_INLINE {
+        __builtin_prefetch(w + j * w_step + p + ahead, 0, 2);
+      });
+    }
+    simd::unroll<line / width>([&](auto) SSMLIB_LAMBDA_INLINE { step(); });
   }
+  while (p + width <= k)
+    step();
   if (p < k) {
+    P v[Cols];
     simd::unroll<Cols>([&](auto j) SSMLIB_LAMBDA_INLINE {
       v[j] = simd::load_widened_part(w + j * w_step + p, k - p);
     });
-    simd::unroll<Rows>(
-        [&](auto i) SSMLIB_LAMBDA_INLINE { u[i] = P::load_part(x + i * x_step + p, k - p); });
-    add(u, v);
+    add(v, [&](const T* row) SSMLIB_LAMBDA_INLINE { return P::load_part(row + p, k - p); });
   }
-  simd::unroll<Rows * Cols>([&](auto e) SSMLIB_LAMBDA_INLINE {
-    out[e / Cols][e % Cols] = simd::horizontal_sum(acc[e / Cols][e % Cols]);
-  });
+  simd::unroll<Rows * Cols>([&](auto e) SSMLIB_LAMBDA_INLINE { running[e] = acc[e]; });
 }
 
 template <Real T, class W>
@@ -62,42 +75,82 @@ struct skinny_product {
   view<const T, 1> bias;
   T beta;
 
-  /// The columns [j_begin, j_end) of y: groups of weight rows, each used for all rows of x while
-  /// it is in the cache.
+  static constexpr index_t chunk = 32;  // rows of x at a time
+
+  /// The columns [j_begin, j_end) of y.
   void columns(index_t j_begin, index_t j_end) const {
-    constexpr int group = 4;
-    index_t j = j_begin;
-    for (; j + group <= j_end; j += group)
-      rows<group>(j);
-    for (; j < j_end; ++j)
-      rows<1>(j);
+    // Twelve running packs: three rows by four weight rows, or four by three.
+    const index_t m = x.extents[0];
+    for (index_t i = 0; i < m; i += chunk) {
+      const index_t count = std::min(chunk, m - i);
+      count <= 3 ? panels<4>(i, count, j_begin, j_end) : panels<3>(i, count, j_begin, j_end);
+    }
   }
 
  private:
+  /// By panels of weight rows: within one, a range of k short enough for x to stay in the
+  /// first-level cache is used for all its weight rows before the next.
   template <int Cols>
-  void rows(index_t j) const {
-    const index_t m = x.extents[0];
-    index_t i = 0;
-    for (; i + 3 <= m && i + 4 != m; i += 3)
-      block<3, Cols>(i, j);
-    for (; i + 2 <= m; i += 2)
-      block<2, Cols>(i, j);
-    if (i < m) block<1, Cols>(i, j);
-  }
-  template <int Rows, int Cols>
-  SSMLIB_NOINLINE void block(index_t i0, index_t j0) const {
-    T sums[Rows][Cols];
-    dot_block<Rows, Cols>(x.extents[1], x.data + i0 * x.strides[0], x.strides[0],
-                          w.data + j0 * w.strides[0], w.strides[0], sums);
-    for (index_t i = 0; i < Rows; ++i) {
-      for (index_t j = 0; j < Cols; ++j) {
-        T& out = y(i0 + i, j0 + j);
-        T value = sums[i][j];
-        if (bias) value += bias(j0 + j);
-        if (beta != T(0)) value = simd::fma(beta, out, value);
-        out = value;
+  void panels(index_t i, index_t count, index_t j_begin, index_t j_end) const {
+    using P = simd::pack<T>;
+    constexpr index_t panel = 4 * Cols;
+    constexpr index_t cached = 16384 / static_cast<index_t>(sizeof(T));
+    const index_t k = x.extents[1];
+    const index_t depth = count <= 2 ? k : std::max<index_t>(256, cached / count / 64 * 64);
+    P running[chunk * panel];
+    for (index_t j0 = j_begin; j0 < j_end; j0 += panel) {
+      const index_t cols = std::min(panel, j_end - j0);
+      std::fill_n(running, count * cols, P(T(0)));
+      for (index_t p = 0; p < k; p += depth) {
+        const index_t length = std::min(depth, k - p);
+        index_t j = 0;
+        for (; j + Cols <= cols; j += Cols) {
+          blocks<Cols>(i, count, j0 + j, p, length, running + j * count);
+        }
+        for (; j < cols; ++j)
+          blocks<1>(i, count, j0 + j, p, length, running + j * count);
+      }
+      const index_t whole = cols / Cols * Cols;
+      for (index_t r = 0; r < count; ++r) {
+        for (index_t j = 0; j < cols; ++j) {
+          const index_t group = j < whole ? j / Cols * Cols : j, step = j < whole ? Cols : 1;
+          const P sum = running[group * count + r * step + j - group];
+          finish(y(i + r, j0 + j), j0 + j, simd::horizontal_sum(sum));
+        }
       }
     }
+  }
+
+  /// A chunk's rows by Cols weight rows over [p, p + k): the first block reads w from memory.
+  template <int Cols>
+  void blocks(index_t i0, index_t count, index_t j, index_t p, index_t k,
+              simd::pack<T>* running) const {
+    const W* weights = w.data + j * w.strides[0] + p;
+    const index_t w_step = w.strides[0], x_step = x.strides[0], ahead = Cols * w_step;
+    const auto block = [&](auto rows, auto first, index_t i) {
+      accumulate_dots<decltype(rows)::value, Cols, decltype(first)::value>(
+          k, x.data + (i0 + i) * x_step + p, x_step, weights, w_step, running + i * Cols, ahead);
+    };
+    constexpr std::true_type first;
+    constexpr std::false_type later;
+    constexpr std::integral_constant<int, 4> four;
+    const auto up_to_three = [&](auto which, index_t i) {
+      if (count - i == 3) block(std::integral_constant<int, 3>{}, which, i);
+      if (count - i == 2) block(std::integral_constant<int, 2>{}, which, i);
+      if (count - i == 1) block(std::integral_constant<int, 1>{}, which, i);
+    };
+    if (count < 4) return up_to_three(first, 0);
+    block(four, first, 0);
+    index_t i = 4;
+    for (; i + 4 <= count; i += 4)
+      block(four, later, i);
+    up_to_three(later, i);
+  }
+
+  void finish(T& out, index_t j, T value) const {
+    if (bias) value += bias(j);
+    if (beta != T(0)) value = simd::fma(beta, out, value);
+    out = value;
   }
 };
 
@@ -142,12 +195,23 @@ requires(
   detail::check_skinny<T, W>(x, w, y, bias);
   const index_t m = x.extents[0], n = w.extents[0], k = x.extents[1];
   if (m == 0 || n == 0) return;
+  // Rows of x a multiple of 4 KiB apart would share one set of the first-level cache.
+  const index_t padded = k + 64 / static_cast<index_t>(sizeof(T));
+  std::optional<scratch<T>> copy;
+  if (m > 1) {
+    copy.emplace(m * padded);
+    for (index_t i = 0; i < m; ++i) {
+      std::copy_n(x.data + i * x.strides[0], k, copy->data() + i * padded);
+    }
+    x = {copy->data(), {m, k}, {padded, 1}};
+  }
   const detail::skinny_product<T, W> product{x, w, y, bias, beta};
   // About 20 us a task: 256 KiB from memory, or as much arithmetic.
   const index_t work = n * k * std::max<index_t>(static_cast<index_t>(sizeof(W)), m);
   const index_t pieces = std::clamp<index_t>(work / (256 * 1024), 1, 16 * ctx.threads());
   if (pieces == 1 || ctx.threads() == 1) return product.columns(0, n);
-  ctx.parallel_ranges(n, pieces, 4,
+  const index_t panel = m <= 3 ? 16 : 12;
+  ctx.parallel_ranges(n, pieces, panel,
                       [&](index_t begin, index_t end) { product.columns(begin, end); });
 }
 template <Real T, class W>
