@@ -43,4 +43,14 @@ concept Real = std::same_as<T, float> || std::same_as<T, double>;
 template <class T>
 using accum_t = std::conditional_t<std::is_same_v<T, bf16>, float, T>;
 
+/// The head of an operand with `groups` heads that serves head `h` of `heads`.
+[[nodiscard]] constexpr index_t group_of(index_t h, index_t heads, index_t groups) {
+  return h * groups / heads;
+}
+
+/// The smallest multiple of `step` that is not below n.
+[[nodiscard]] constexpr index_t round_up(index_t n, index_t step) {
+  return (n + step - 1) / step * step;
+}
+
 }  // namespace ssm

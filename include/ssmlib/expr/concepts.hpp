@@ -51,11 +51,6 @@ concept RecurrentMixer =
       { m.state_features(index_t{1}) } -> std::same_as<index_t>;
     };
 
-/// The head of an operand with `groups` heads that serves head `h` of `heads`.
-[[nodiscard]] inline index_t group_of(index_t h, index_t heads, index_t groups) {
-  return h * groups / heads;
-}
-
 namespace detail {
 
 template <class T>

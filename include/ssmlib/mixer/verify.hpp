@@ -1,0 +1,408 @@
+#pragma once
+
+#include <ssmlib/lower/state.hpp>
+#include <ssmlib/tensor/random.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <iomanip>
+#include <ostream>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace ssm {
+
+struct verify_options {
+  /// Sequence lengths; the default has both sides of the usual chunk and step sizes.
+  std::vector<index_t> lengths = {1, 2, 15, 17, 63, 64, 65, 130};
+  index_t batch = 2;
+  std::uint64_t seed = 1;
+  /// Largest relative error (norm of the difference over norm) of results and of gradients.
+  /// 0: 1e-10 and 1e-5 in double, 2e-5 and 2e-3 in float.
+  double result_bound = 0, gradient_bound = 0;
+};
+
+/// One line of a report.
+struct verify_check {
+  std::string claim;      ///< "forward equals dense()", ...
+  std::string algorithm;  ///< or the operand, for gradients: "chunked, d log_a"
+  index_t length = 0;
+  double error = 0, bound = 0;
+
+  [[nodiscard]] bool passed() const { return error <= bound; }  // NaN fails
+};
+
+/// What verify() found. Prints as a table.
+struct verify_report {
+  std::vector<verify_check> checks;
+
+  [[nodiscard]] bool passed() const {
+    return !checks.empty() &&
+           std::ranges::all_of(checks, [](const verify_check& c) { return c.passed(); });
+  }
+  [[nodiscard]] index_t failures() const {
+    return std::ranges::count_if(checks, [](const verify_check& c) { return !c.passed(); });
+  }
+  friend std::ostream& operator<<(std::ostream& out, const verify_report& report) {
+    std::ostringstream text;  // keeps the stream's own format
+    text << std::left << std::setw(44) << "claim" << std::setw(28) << "algorithm" << std::right
+         << std::setw(7) << "length" << std::setw(11) << "error" << std::setw(11) << "bound\n";
+    text << std::scientific << std::setprecision(1);
+    for (const verify_check& c : report.checks) {
+      text << std::left << std::setw(44) << c.claim << std::setw(28) << c.algorithm << std::right
+           << std::setw(7) << c.length << std::setw(11) << c.error << std::setw(10) << c.bound
+           << (c.passed() ? "  ok\n" : "  FAILED\n");
+    }
+    text << report.checks.size() << " checks, " << report.failures() << " failed\n";
+    return out << text.str();
+  }
+};
+
+namespace detail {
+
+template <Real T>
+[[nodiscard]] double norm(const tensor<T, 4>& a) {
+  double sum = 0;
+  const tensor<T, 4> dense = a.contiguous();
+  for (index_t i = 0; i < dense.size(); ++i) {
+    sum += static_cast<double>(dense.data()[i]) * static_cast<double>(dense.data()[i]);
+  }
+  return std::sqrt(sum);
+}
+
+/// || a - b || / || b ||, or || a || where b is zero.
+template <Real A, Real C>
+[[nodiscard]] double relative_error(const tensor<A, 4>& a, const tensor<C, 4>& b) {
+  const tensor<double, 4> x = cast<double>(a), y = cast<double>(b);
+  double difference = 0;
+  for (index_t i = 0; i < x.size(); ++i) {
+    const double d = x.data()[i] - y.data()[i];
+    difference += d * d;
+  }
+  const double scale = norm(y);
+  return std::sqrt(difference) / (scale > 0 ? scale : 1.0);
+}
+
+template <class E>
+class verifier {
+ public:
+  using M = typename E::mixer_type;
+  using T = typename E::value_type;
+
+  verifier(const verify_options& options, verify_report& report)
+      : options_(options),
+        report_(report),
+        result_bound_(bound(options.result_bound, 1e-10, 2e-5)),
+        gradient_bound_(bound(options.gradient_bound, 1e-5, 2e-3)) {}
+
+  template <class Make>
+  void run(const Make& make) {
+    for (const index_t length : options_.lengths) {
+      philox random(options_.seed, static_cast<std::uint64_t>(length));
+      const E e = make(options_.batch, length, random);
+      const tensor<T, 4> dy = random_like(e.extents(), random);
+      const tensor<double, 4> exact = definition(e);
+      const bool causal = is_causal(e.mixer.dense());
+      each_algorithm([&](auto algorithm) {
+        const auto product = e.with(algorithm);
+        add("forward equals dense()", algorithm.name, length, relative_error(eval4(product), exact),
+            result_bound_);
+        check_gradients(product, dy, random, length);
+        check_packed(product, dy, length);
+        if (causal) check_causal(product, length);
+      });
+      if (causal) {
+        check_advance(e, length);
+        if (length >= 4) check_rollback(e, length);
+      }
+    }
+  }
+
+ private:
+  static double bound(double wanted, double in_double, double in_float) {
+    return wanted > 0 ? wanted : std::is_same_v<T, double> ? in_double : in_float;
+  }
+  void add(std::string claim, std::string_view algorithm, index_t length, double error,
+           double limit) {
+    report_.checks.push_back({std::move(claim), std::string(algorithm), length, error, limit});
+  }
+  template <class F>
+  static void each_algorithm(F f) {
+    M::algorithms::for_each(f);
+    if constexpr (!M::algorithms::template contains<alg::quadratic>) f(alg::quadratic{});
+  }
+  template <class P>
+  static tensor<T, 4> eval4(const P& product) {
+    tensor<T, 4> y(product.extents());
+    y.fill(std::numeric_limits<T>::quiet_NaN());
+    eval_into(product, y);
+    return y;
+  }
+  static tensor<T, 4> random_like(const shape<4>& extents, philox& random) {
+    tensor<T, 4> t(extents);
+    for (index_t i = 0; i < t.size(); ++i)
+      t.data()[i] = static_cast<T>(random.normal());
+    return t;
+  }
+
+  // dense() times x, in double.
+  template <class P>
+  static tensor<double, 4> definition(const P& e) {
+    const tensor<double, 4> m = e.mixer.dense();
+    tensor<double, 4> y(e.extents());
+    const index_t heads = e.heads(), n = y.extent(1);
+    for (index_t b = 0; b < y.extent(0); ++b) {
+      for (index_t h = 0; h < heads; ++h) {
+        const index_t hm = group_of(h, heads, m.extent(1)), hx = group_of(h, heads, e.x.extent(2));
+        for (index_t t = 0; t < n; ++t) {
+          for (index_t f = 0; f < y.extent(3); ++f) {
+            double sum = 0;
+            for (index_t s = 0; s < n; ++s) {
+              sum += m(b, hm, t, s) * static_cast<double>(e.x(b, s, hx, f));
+            }
+            y(b, t, h, f) = sum;
+          }
+        }
+      }
+    }
+    return y;
+  }
+  static bool is_causal(const tensor<double, 4>& m) {
+    for (index_t b = 0; b < m.extent(0); ++b) {
+      for (index_t h = 0; h < m.extent(1); ++h) {
+        for (index_t t = 0; t < m.extent(2); ++t) {
+          for (index_t s = t + 1; s < m.extent(3); ++s) {
+            if (m(b, h, t, s) != 0) return false;
+          }
+        }
+      }
+    }
+    return true;
+  }
+  template <class P>
+  static double loss(const P& e, const tensor<T, 4>& dy) {
+    const tensor<double, 4> y = definition(e);
+    double sum = 0;
+    for (index_t i = 0; i < y.size(); ++i) {
+      sum += y.data()[i] * static_cast<double>(dy.data()[i]);
+    }
+    return sum;
+  }
+
+  // Directional derivatives of sum(dy o dense() x), against the vjp: along the gradient itself,
+  // which shows a wrong factor, and along two random directions, which show wrong places.
+  template <class P>
+  void check_gradients(const P& e, const tensor<T, 4>& dy, philox& random, index_t length) {
+    P gradients = zeros_like(e);
+    vjp_into(e, dy, gradients, carry_gradient<T>{});
+    index_t count = 0;
+    P::operands(gradients, [&](std::string_view, auto&, operand) { ++count; });
+    for (index_t which = 0; which < count; ++which) {
+      std::string name;
+      double worst = 0;
+      for (int direction = 0; direction < 3; ++direction) {
+        const double e1 = directional_error(e, gradients, dy, which, direction, random, name);
+        worst = e1 <= worst ? worst : e1;  // keeps NaN
+      }
+      add("vjp equals finite differences", std::string(e.algorithm.name) + ", d " + name, length,
+          worst, gradient_bound_);
+    }
+  }
+  template <class P>
+  double directional_error(const P& e, P& gradients, const tensor<T, 4>& dy, index_t which,
+                           int direction, philox& random, std::string& name) {
+    double inner = 0, square = 0;
+    P above = e, below = e;
+    index_t index = 0;
+    std::vector<double> moved;
+    P::operands(gradients, [&](std::string_view operand_name, auto& g, operand) {
+      if (index++ != which) return;
+      name = operand_name;
+      moved.resize(static_cast<std::size_t>(g.size()));
+      for (index_t i = 0; i < g.size(); ++i) {
+        const double gi = static_cast<double>(g.data()[i]);
+        moved[static_cast<std::size_t>(i)] = direction == 0 ? gi : random.normal();
+        square += gi * gi;
+      }
+    });
+    double length = 0;
+    for (const double v : moved)
+      length += v * v;
+    if (!(length > 0)) return square > 0 || length != length ? 1.0 : 0.0;
+    const double step = (std::is_same_v<T, double> ? 1e-5 : 1e-2) / std::sqrt(length);
+    const auto shift = [&](P& to, double sign, std::vector<double>& actual) {
+      index_t at = 0;
+      P::operands(to, [&](std::string_view, auto& t, operand) {
+        if (at++ != which) return;
+        t = t.clone();
+        for (index_t i = 0; i < t.size(); ++i) {
+          const auto k = static_cast<std::size_t>(i);
+          t.data()[i] +=
+              static_cast<std::remove_reference_t<decltype(t.data()[i])>>(sign * step * moved[k]);
+          actual[k] += sign * static_cast<double>(t.data()[i]);
+        }
+      });
+    };
+    // What was really added, after rounding, is the direction.
+    std::vector<double> actual(moved.size(), 0.0);
+    shift(above, 1.0, actual);
+    shift(below, -1.0, actual);
+    double actual_square = 0;
+    index = 0;
+    P::operands(gradients, [&](std::string_view, auto& g, operand) {
+      if (index++ != which) return;
+      for (index_t i = 0; i < g.size(); ++i) {
+        const double a = actual[static_cast<std::size_t>(i)];
+        inner += static_cast<double>(g.data()[i]) * a;
+        actual_square += a * a;
+      }
+    });
+    const double difference = loss(above, dy) - loss(below, dy);
+    // <g, v> of a random v is about |g| |v| / sqrt(n). Gradients that are zero by cancellation are
+    // compared with the size of what cancels.
+    const double count = static_cast<double>(std::max<std::size_t>(moved.size(), 1));
+    const double scale =
+        std::max({std::abs(difference), std::sqrt(square * actual_square / count),
+                  1e-5 * norm(dy) * norm(definition(e)) * std::sqrt(actual_square)});
+    return std::abs(inner - difference) / std::max(scale, 1e-30);
+  }
+
+  // One packed batch of uneven sequences against each sequence alone, to the bit.
+  template <class P>
+  void check_packed(const P& e, const tensor<T, 4>& dy, index_t length) {
+    const index_t tokens = e.x.extent(0) * e.x.extent(1);
+    const index_t first = tokens / 3;
+    const std::vector<index_t> lengths = {first, 0, tokens - first};
+    const auto whole = packed_tokens(e, sequence_layout::from_lengths(lengths));
+    const tensor<T, 4> y = eval4(whole);
+    const tensor<T, 4> dy_packed = as_packed(dy);
+    auto gradients = zeros_like(whole);
+    vjp_into(whole, dy_packed, gradients, carry_gradient<T>{});
+    bool same = true, same_gradient = true;
+    index_t begin = 0;
+    for (const index_t n : lengths) {
+      if (n == 0) continue;
+      const auto alone = slice_tokens(whole, begin, begin + n);
+      same = same && equal_elements(eval4(alone), y.slice(1, begin, begin + n));
+      auto own = zeros_like(alone);
+      vjp_into(alone, dy_packed.slice(1, begin, begin + n), own, carry_gradient<T>{});
+      same_gradient =
+          same_gradient && equal_elements(own.x, gradients.x.slice(1, begin, begin + n));
+      begin += n;
+    }
+    add("packed equals separate, to the bit", e.algorithm.name, length, same ? 0 : 1, 0);
+    add("packed vjp equals separate, to the bit", e.algorithm.name, length, same_gradient ? 0 : 1,
+        0);
+  }
+  template <class P>
+  static auto packed_tokens(const P& e, const sequence_layout& layout) {
+    auto all = slice_tokens(e, 0, layout.tokens());
+    all.mixer.layout = layout;
+    return all;
+  }
+
+  // Changing the last token leaves the outputs before it as they were.
+  template <class P>
+  void check_causal(const P& e, index_t length) {
+    if (length < 2) return;
+    P changed = e;
+    changed.x = e.x.clone();
+    const index_t n = e.x.extent(1);
+    changed.x.slice(1, n - 1, n).fill(T(3));
+    const tensor<T, 4> a = eval4(e), b = eval4(changed);
+    const double error = relative_error(a.slice(1, 0, n - 1).clone(), b.slice(1, 0, n - 1).clone());
+    // An FFT mixes all outputs; its error stays within the bound of the results.
+    const bool exact = !std::same_as<typename P::algorithm_type, alg::structured>;
+    add("future tokens change nothing", e.algorithm.name, length, error,
+        exact ? 0.0 : result_bound_);
+  }
+
+  void check_advance(const E& e, index_t length) {
+    const tensor<double, 4> exact = definition(e);
+    auto in_pieces = make_state(e, options_.batch);
+    const tensor<T, 4> pieces = run_pieces(e, in_pieces, {1, 17, 2, 40, 16, 3});
+    add("pieces from a state equal one pass", "advance", length, relative_error(pieces, exact),
+        result_bound_);
+    auto by_one = make_state(e, options_.batch), by_five = make_state(e, options_.batch);
+    const tensor<T, 4> ones = run_pieces(e, by_one, {1}), fives = run_pieces(e, by_five, {5, 2});
+    add("steps have the same bits whatever the split", "advance", length,
+        equal_elements(ones, fives) && by_one == by_five ? 0 : 1, 0);
+    bool same = true;
+    for (index_t b = 0; b < options_.batch; ++b) {
+      const auto packed =
+          packed_tokens(e, sequence_layout::rectangular(options_.batch, e.x.extent(1)));
+      const auto alone = slice_tokens(packed, b * length, (b + 1) * length);
+      auto state = make_state(alone, 1);
+      same = same && equal_elements(run_pieces(alone, state, {5, 2}), fives.slice(0, b, b + 1));
+    }
+    add("steps have the same bits whatever the batch", "advance", length, same ? 0 : 1, 0);
+  }
+
+  void check_rollback(const E& e, index_t length) {
+    const index_t undo = std::min<index_t>(3, length - 1);
+    auto state = make_state(e, options_.batch, undo);
+    (void)run_pieces(part(e, 0, length - undo), state, {20, 1});
+    const auto before = state;
+    const tensor<T, 4> first = run_pieces(part(e, length - undo, length), state, {undo});
+    const auto after = state;
+    state.rollback(undo);
+    const bool restored = state == before;
+    const tensor<T, 4> again = run_pieces(part(e, length - undo, length), state, {1});
+    add("rollback restores the state, to the bit", "advance", length,
+        restored && equal_elements(first, again) && state == after ? 0 : 1, 0);
+  }
+
+  // Tokens [begin, end) of every sequence.
+  template <class P>
+  static P part(const P& e, index_t begin, index_t end) {
+    P p = e;
+    P::operands(p, [&](std::string_view, auto& t, operand kind) {
+      if constexpr (std::remove_cvref_t<decltype(t)>::rank >= 2) {
+        if (kind == operand::per_token && t) t = t.slice(1, begin, end);
+      }
+    });
+    p.mixer.layout =
+        p.mixer.layout ? sequence_layout::rectangular(e.x.extent(0), end - begin) : p.mixer.layout;
+    return p;
+  }
+  template <class P, class S>
+  static tensor<T, 4> run_pieces(const P& e, S& state, const std::vector<index_t>& sizes) {
+    tensor<T, 4> y(e.extents());
+    const index_t n = e.x.extent(1);
+    std::size_t i = 0;
+    for (index_t begin = 0; begin < n;) {
+      const index_t end = std::min(n, begin + sizes[i++ % sizes.size()]);
+      const P piece = part(e, begin, end);
+      const auto rows = advance(piece, state);
+      y.slice(1, begin, end).copy_from(promote(rows));
+      begin = end;
+    }
+    return y;
+  }
+
+  const verify_options& options_;
+  verify_report& report_;
+  double result_bound_, gradient_bound_;
+};
+
+}  // namespace detail
+
+/// Puts a mixer through the tests that the library's own mixers pass: every algorithm against
+/// dense(), every vjp against finite differences of dense(), packed batches against separate
+/// sequences, causality, stepping from a state against one pass, and rollback.
+///
+/// @param make  make(batch, length, philox&) -> mixer * X with X of rank 4 and random operands
+/// @return      one line a check; prints as a table
+/// @cost        dense() is O(T^2): keep the lengths and sizes small
+template <class Make>
+[[nodiscard]] verify_report verify(const Make& make, const verify_options& options = {}) {
+  philox random(options.seed);
+  using E = decltype(make(index_t{1}, index_t{1}, random));
+  static_assert(E::rank == 4, "ssm: verify: make a product with X of rank 4, (b, T, H, P)");
+  verify_report report;
+  detail::verifier<E>(options, report).run(make);
+  return report;
+}
+
+}  // namespace ssm
