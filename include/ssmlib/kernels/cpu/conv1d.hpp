@@ -1,0 +1,264 @@
+#pragma once
+
+#include <ssmlib/kernels/cpu/activation.hpp>
+
+#include <algorithm>
+
+/// @file
+/// Causal depthwise convolution along time, per sequence:
+///
+///     pre[t, c] = bias[c] + sum over j in [0, width) of tap[j, c] x[t - (width - 1) + j, c]
+///     y[t, c]   = pre[t, c] or silu(pre[t, c])
+///
+/// Inputs before a sequence come from its history. A token's bits depend on its `width` inputs
+/// alone, wherever they are stored.
+
+namespace ssm::kernels {
+
+enum class conv1d_activation { none, silu };
+
+/// The inputs before the tokens at hand, (sequences, rows, channels). Without positions the last of
+/// `rows` rows is the newest input; with them the rows are a ring, and the input at position p lies
+/// in row p mod `rows`. Absent: zeros.
+template <class T>
+struct conv1d_history {
+  T* data = nullptr;
+  index_t rows = 0, channels = 0;
+  const index_t* position = nullptr;
+
+  /// The input `back` >= 1 tokens before the first token of sequence i. @pre data
+  [[nodiscard]] T* row(index_t i, index_t back) const {
+    index_t r = rows - back;
+    if (position != nullptr) r = ((position[i] - back) % rows + rows) % rows;
+    return data + (i * rows + r) * channels;
+  }
+};
+
+template <Real T>
+struct conv1d_problem {
+  view<const T, 2> x;  ///< (tokens, channels)
+  const T* taps;       ///< (width, channels), dense
+  const T* bias;       ///< (channels)
+  const T* zeros;      ///< (channels)
+  index_t width;
+  conv1d_activation activation;
+  conv1d_history<const T> history;
+  const index_t* offsets;  ///< sequences + 1 tokens
+  index_t sequences;
+};
+
+/// Gradients that are added to; null data: not wanted.
+template <Real T>
+struct conv1d_gradients {
+  view<T, 2> x;               ///< (tokens, channels)
+  view<T, 2> weight;          ///< (channels, width)
+  T* bias = nullptr;          ///< (channels)
+  conv1d_history<T> history;  ///< rows of width - 1, no positions
+};
+
+namespace detail {
+
+/// f(i, t) for the tokens t of [begin, end) with their sequences i.
+template <class F>
+void for_tokens(const index_t* offsets, index_t sequences, index_t begin, index_t end, F f) {
+  index_t i = std::upper_bound(offsets, offsets + sequences + 1, begin) - offsets - 1;
+  for (index_t t = begin; t < end; ++t) {
+    while (t >= offsets[i + 1])
+      ++i;
+    f(i, t);
+  }
+}
+
+/// The rows that the taps of token t meet, oldest first.
+template <Real T>
+void conv1d_inputs(const conv1d_problem<T>& p, index_t i, index_t t, const T** rows) {
+  for (index_t j = 0; j < p.width; ++j) {
+    const index_t back = p.width - 1 - j, before = back - (t - p.offsets[i]);
+    if (before <= 0) {
+      rows[j] = p.x.data + (t - back) * p.x.stride(0);
+    } else {
+      rows[j] = p.history.data ? p.history.row(i, before) : p.zeros;
+    }
+  }
+}
+
+/// One token, `n` channels. Width 0 stands for a run-time width.
+template <int Width, Real T>
+SSMLIB_ALWAYS_INLINE simd::pack<T> conv1d_sum(const conv1d_problem<T>& p, const T* const* rows,
+                                              index_t c, index_t count) {
+  const index_t width = Width ? Width : p.width, channels = p.x.extent(1);
+  simd::pack<T> sum = load_up_to(p.bias + c, count);
+  for (index_t j = 0; j < width; ++j) {
+    sum = simd::fma(load_up_to(p.taps + j * channels + c, count), load_up_to(rows[j] + c, count),
+                    sum);
+  }
+  return sum;
+}
+
+template <int Width, Real T>
+void conv1d(const cpu::context& ctx, const conv1d_problem<T>& p, view<T, 2> y) {
+  const index_t tokens = y.extent(0), channels = y.extent(1);
+  for_each_piece(ctx, tokens, row_pieces(tokens, p.width * channels),
+                 [&](index_t, index_t begin, index_t end) {
+                   const scratch<const T*> rows(p.width);
+                   for_tokens(p.offsets, p.sequences, begin, end, [&](index_t i, index_t t) {
+                     conv1d_inputs(p, i, t, rows.data());
+                     T* out = y.data + t * y.stride(0);
+                     if (p.activation == conv1d_activation::silu) {
+                       for_packs<T>(channels, [&](index_t c, index_t count) SSMLIB_LAMBDA_INLINE {
+                         store_up_to(out + c, count,
+                                     simd::silu(conv1d_sum<Width>(p, rows.data(), c, count)));
+                       });
+                     } else {
+                       for_packs<T>(channels, [&](index_t c, index_t count) SSMLIB_LAMBDA_INLINE {
+                         store_up_to(out + c, count, conv1d_sum<Width>(p, rows.data(), c, count));
+                       });
+                     }
+                   });
+                 });
+}
+
+/// The backward pass of the channels [c0, c0 + n). All tokens belong to one task, so that the sums
+/// over tokens have one order.
+template <int Width, Real T>
+class conv1d_backward {
+ public:
+  conv1d_backward(const conv1d_problem<T>& p, view<const T, 2> dy, const conv1d_gradients<T>& d,
+                  index_t c0, index_t n)
+      : p_(p),
+        dy_(dy),
+        d_(d),
+        c0_(c0),
+        n_(n),
+        rows_(p.width),
+        d_rows_(p.width),
+        sums_((p.width + 1) * n),
+        unwanted_(n) {
+    std::fill_n(sums_.data(), (p.width + 1) * n, T(0));
+    std::fill_n(unwanted_.data(), n, T(0));
+  }
+
+  void run() {
+    constexpr index_t block = 256;  // tokens a running sum takes before it joins the gradient
+    const index_t tokens = dy_.extent(0);
+    for (index_t begin = 0; begin < tokens; begin += block) {
+      for_tokens(p_.offsets, p_.sequences, begin, std::min(tokens, begin + block),
+                 [&](index_t i, index_t t) { token(i, t); });
+      flush();
+    }
+  }
+
+ private:
+  void token(index_t i, index_t t) {
+    conv1d_inputs(p_, i, t, rows_.data());
+    for (index_t j = 0; j < p_.width; ++j) {
+      const index_t back = p_.width - 1 - j, before = back - (t - p_.offsets[i]);
+      T* row = nullptr;
+      if (before <= 0 && d_.x) row = d_.x.data + (t - back) * d_.x.stride(0);
+      if (before > 0 && d_.history.data) row = d_.history.row(i, before);
+      d_rows_[j] = row ? row + c0_ : unwanted_.data();
+    }
+    const T* cotangent = dy_.data + t * dy_.stride(0) + c0_;
+    if (p_.activation == conv1d_activation::silu) {
+      channels<true>(cotangent);
+    } else {
+      channels<false>(cotangent);
+    }
+  }
+
+  template <bool Silu>
+  void channels(const T* cotangent) {
+    const index_t width = Width ? Width : p_.width, all = p_.x.extent(1);
+    for_packs<T>(n_, [&](index_t c, index_t count) SSMLIB_LAMBDA_INLINE {
+      simd::pack<T> d = load_up_to(cotangent + c, count);
+      if constexpr (Silu) {
+        d *= silu_and_slope(conv1d_sum<Width>(p_, rows_.data(), c0_ + c, count)).slope;
+      }
+      for (index_t j = 0; j < width; ++j) {
+        const auto tap = load_up_to(p_.taps + j * all + c0_ + c, count);
+        add_up_to(d_rows_[j] + c, count, d * tap);
+        add_up_to(sums_.data() + j * n_ + c, count, d * load_up_to(rows_[j] + c0_ + c, count));
+      }
+      add_up_to(sums_.data() + width * n_ + c, count, d);
+    });
+  }
+
+  /// Moves the running sums to the gradients of the taps and the bias.
+  void flush() {
+    for (index_t j = 0; j <= p_.width; ++j) {
+      T* sum = sums_.data() + j * n_;
+      for (index_t c = 0; c < n_; ++c) {
+        if (j == p_.width && d_.bias) d_.bias[c0_ + c] += sum[c];
+        if (j < p_.width && d_.weight) d_.weight(c0_ + c, j) += sum[c];
+        sum[c] = T(0);
+      }
+    }
+  }
+
+  const conv1d_problem<T>& p_;
+  view<const T, 2> dy_;
+  const conv1d_gradients<T>& d_;
+  index_t c0_, n_;
+  scratch<const T*> rows_;
+  scratch<T*> d_rows_;
+  scratch<T> sums_;      // (width + 1, n): taps and bias
+  scratch<T> unwanted_;  // where gradients that nobody wants go
+};
+
+/// f.operator()<Width>() with the usual widths as constants and 0 for the others.
+template <class F>
+void with_conv1d_width(index_t width, F f) {
+  switch (width) {
+    case 2:
+      return f.template operator()<2>();
+    case 3:
+      return f.template operator()<3>();
+    case 4:
+      return f.template operator()<4>();
+    default:
+      return f.template operator()<0>();
+  }
+}
+
+}  // namespace detail
+
+/// y = the convolution of the problem. Nothing crosses a sequence's beginning, to the bit.
+/// @cost 2 width flops an element; bound by memory, or by exp with silu.
+template <Real T>
+void causal_conv1d(const cpu::context& ctx, const conv1d_problem<T>& p, view<T, 2> y) {
+  detail::with_conv1d_width(p.width, [&]<int Width>() { detail::conv1d<Width>(ctx, p, y); });
+}
+
+/// Adds to the gradients that are wanted.
+template <Real T>
+void causal_conv1d_vjp(const cpu::context& ctx, const conv1d_problem<T>& p, view<const T, 2> dy,
+                       const conv1d_gradients<T>& d) {
+  constexpr index_t step = 256 / static_cast<index_t>(sizeof(T));  // 4 cache lines
+  const index_t channels = dy.extent(1);
+  ctx.parallel_ranges(channels, channels / step + 1, step, [&](index_t begin, index_t end) {
+    detail::with_conv1d_width(p.width, [&]<int Width>() {
+      detail::conv1d_backward<Width, T>(p, dy, d, begin, end - begin).run();
+    });
+  });
+}
+
+/// Row r of `out` (sequences, rows, channels) becomes the input `rows - r` tokens before the end of
+/// its sequence, from the history where the sequence is shorter.
+template <Real T>
+void conv1d_final_inputs(const conv1d_problem<T>& p, view<T, 3> out) {
+  const index_t rows = out.extent(1), channels = out.extent(2);
+  for (index_t i = 0; i < p.sequences; ++i) {
+    for (index_t r = 0; r < rows; ++r) {
+      const index_t t = p.offsets[i + 1] - rows + r, before = p.offsets[i] - t;
+      const T* from = p.zeros;
+      if (before <= 0) {
+        from = p.x.data + t * p.x.stride(0);
+      } else if (p.history.data) {
+        from = p.history.row(i, before);
+      }
+      std::copy_n(from, channels, &out(i, r, 0));
+    }
+  }
+}
+
+}  // namespace ssm::kernels
