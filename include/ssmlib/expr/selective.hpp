@@ -42,23 +42,23 @@ struct selective_mixer {
     f("b", self.b, operand::per_token);
   }
 
-  [[nodiscard]] tensor<double, 4> dense() const {
+  /// out[t - begin] = entry (t, s) for the tokens begin <= t < end of the sequence of token s.
+  void column(index_t begin, index_t end, index_t s, index_t d, double* out) const {
     const index_t n = length();
-    return detail::dense_entries(*this, heads(), [&](index_t t, index_t s, index_t d) {
-      if (s > t) return 0.0;
-      const index_t gc = group_of(d, heads(), c.extent(2)), gb = group_of(d, heads(), b.extent(2));
-      double steps = 0;
-      for (index_t r = s + 1; r <= t; ++r)
-        steps += static_cast<double>(delta(r / n, r % n, d));
+    const index_t gc = group_of(d, heads(), c.extent(2)), gb = group_of(d, heads(), b.extent(2));
+    double steps = 0;
+    for (index_t t = begin; t < end; ++t) {
+      if (t > s) steps += static_cast<double>(delta(t / n, t % n, d));
       double sum = 0;
-      for (index_t i = 0; i < key_size(); ++i) {
+      for (index_t i = 0; t >= s && i < key_size(); ++i) {
         const double decay = steps == 0 ? 1.0 : std::exp(static_cast<double>(a(d, i)) * steps);
         sum += static_cast<double>(c(t / n, t % n, gc, i)) * decay *
                static_cast<double>(b(s / n, s % n, gb, i));
       }
-      return sum * static_cast<double>(delta(s / n, s % n, d));
-    });
+      out[t - begin] = sum * static_cast<double>(delta(s / n, s % n, d));
+    }
   }
+  [[nodiscard]] tensor<double, 4> dense() const { return detail::dense_columns(*this); }
 };
 
 /// The selective scan as a mixer; multiply it by channels(u), u (b, T, D), or by (b, T, D, 1).
