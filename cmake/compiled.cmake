@@ -1,10 +1,10 @@
 # ssmlib::compiled: the common kernels as a static library, generated into the build tree.
 #
-# Each row is FAMILY=HEADER. The header lists its instantiations after its definitions, as
-#   SSMLIB_INSTANTIATE(FAMILY, void gemm<float>(...));
-# and one generated file per family defines them; everybody else who includes the header with
-# SSMLIB_COMPILED sees `extern template`. See docs/build.md.
-set(ssmlib_families)
+# Each row is FAMILY=HEADER and becomes one generated file, which defines what the header marks with
+# SSMLIB_INSTANTIATE(FAMILY, ...) or, in FAMILY_impl.hpp, with SSMLIB_INLINE. Everybody else sees
+# declarations. See include/ssmlib/base/compiled.hpp and docs/build.md.
+set(ssmlib_families
+    cpu_threads=ssmlib/backend/cpu_threads_impl.hpp)
 
 set(ssmlib_compiled_dir ${PROJECT_BINARY_DIR}/compiled)
 set(ssmlib_compiled_sources ${ssmlib_compiled_dir}/build_flags.cpp)

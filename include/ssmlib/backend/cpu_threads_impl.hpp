@@ -1,16 +1,11 @@
 #pragma once
 
 #include <ssmlib/backend/cpu.hpp>
+#include <ssmlib/base/compiled.hpp>
 
 #include <unsupported/Eigen/CXX11/ThreadPool>
 
 #include <thread>
-
-#ifdef SSMLIB_COMPILED_SOURCE
-#define SSMLIB_INLINE_IMPL
-#else
-#define SSMLIB_INLINE_IMPL inline
-#endif
 
 namespace ssm::detail {
 
@@ -19,12 +14,12 @@ struct worker_pool::threads {
   Eigen::ThreadPool pool;
 };
 
-SSMLIB_INLINE_IMPL worker_pool::worker_pool(int workers)
+SSMLIB_INLINE worker_pool::worker_pool(int workers)
     : threads_(std::make_unique<threads>(workers)), workers_(workers) {}
 
-SSMLIB_INLINE_IMPL worker_pool::~worker_pool() = default;
+SSMLIB_INLINE worker_pool::~worker_pool() = default;
 
-SSMLIB_INLINE_IMPL void worker_pool::drain() {
+SSMLIB_INLINE void worker_pool::drain() {
   for (index_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
     try {
       function_(argument_, i);
@@ -37,7 +32,7 @@ SSMLIB_INLINE_IMPL void worker_pool::drain() {
 // A worker may arrive after the loop it was called for has ended, and find the next one or none.
 // `inside_` is raised before `open_` is read, and run() closes before it reads `inside_`: whoever
 // sees the loop open keeps run() from returning, and nobody touches its fields otherwise.
-SSMLIB_INLINE_IMPL void worker_pool::help() {
+SSMLIB_INLINE void worker_pool::help() {
   scheduled_.fetch_sub(1, std::memory_order_relaxed);
   inside_.fetch_add(1);
   if (open_.load()) {
@@ -48,7 +43,7 @@ SSMLIB_INLINE_IMPL void worker_pool::help() {
   inside_.fetch_sub(1);
 }
 
-SSMLIB_INLINE_IMPL void worker_pool::run(task_function f, void* argument, index_t count) {
+SSMLIB_INLINE void worker_pool::run(task_function f, void* argument, index_t count) {
   function_ = f;
   argument_ = argument;
   count_ = count;
@@ -71,5 +66,3 @@ SSMLIB_INLINE_IMPL void worker_pool::run(task_function f, void* argument, index_
 }
 
 }  // namespace ssm::detail
-
-#undef SSMLIB_INLINE_IMPL

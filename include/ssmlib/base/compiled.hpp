@@ -1,8 +1,7 @@
 #pragma once
 
 /// @file
-/// Header-only by default, compiled by choice: how a header tells `ssmlib::compiled` which of its
-/// templates to instantiate.
+/// Header-only by default, compiled by choice: how a header tells `ssmlib::compiled` what to hold.
 ///
 /// After its definitions, and in their namespace, a kernel header writes
 ///
@@ -11,6 +10,10 @@
 /// where `gemm` is a row of the list in cmake/compiled.cmake. Header-only builds ignore the line;
 /// with SSMLIB_COMPILED it is an `extern template`, and in the library's own generated file for
 /// that family it is the definition.
+///
+/// Functions that are no templates stand in NAME_impl.hpp, each marked SSMLIB_INLINE, with a row
+/// for NAME in the list. Their header includes that file at its end `#ifndef SSMLIB_COMPILED`;
+/// otherwise the generated file alone does.
 
 #if defined(SSMLIB_COMPILED)
 
@@ -48,9 +51,11 @@ namespace ssm::detail {
 #define SSMLIB_DETAIL_SECOND(first, second, ...) second
 #define SSMLIB_DETAIL_KIND(...) SSMLIB_DETAIL_SECOND(__VA_ARGS__, extern template, )
 #define SSMLIB_INSTANTIATE(family, ...) SSMLIB_DETAIL_KIND(SSMLIB_DEFINE_##family) __VA_ARGS__
+#define SSMLIB_INLINE
 
 #else
 
 #define SSMLIB_INSTANTIATE(family, ...) static_assert(true)
+#define SSMLIB_INLINE inline
 
 #endif
