@@ -1,11 +1,12 @@
 #pragma once
 
+#include <ssmlib/lower/evaluate.hpp>
+
+#include <algorithm>
 #include <functional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
-
-#include <ssmlib/lower/evaluate.hpp>
 
 namespace ssm {
 
@@ -54,8 +55,15 @@ class tape {
   /// gradient(output) and adds to the gradients of what it captured.
   template <int R, class F>
   void record(const tensor<T, R, B>& output, F add_gradients) {
-    slots_.try_emplace(output.storage().id(), slot{output.storage(), {}, false});
-    entries_.push_back({output.storage().id(), std::move(add_gradients)});
+    record_outputs(std::move(add_gradients), output);
+  }
+
+  /// Appends one entry for several outputs: it is run if any of them has a gradient. The gradient
+  /// of an output that nobody used is zero.
+  template <class F, int... R>
+  void record_outputs(F add_gradients, const tensor<T, R, B>&... outputs) {
+    (slots_.try_emplace(outputs.storage().id(), slot{outputs.storage(), {}, false}), ...);
+    entries_.push_back({{outputs.storage().id()...}, std::move(add_gradients)});
   }
 
   /// Runs the entries from the last to the first and drops them. Seed the result first, by filling
@@ -68,11 +76,16 @@ class tape {
     while (entries_.size() > mark) {
       entry last = std::move(entries_.back());
       entries_.pop_back();
-      const auto found = slots_.find(last.output);
-      if (found != slots_.end() && found->second.gradient.id() != nullptr) last.run();
-      // Entries are run in reverse, so nobody else reads this gradient.
-      const auto again = slots_.find(last.output);
-      if (again != slots_.end() && !again->second.parameter) slots_.erase(again);
+      const bool reached = std::ranges::any_of(last.outputs, [&](const void* output) {
+        const auto found = slots_.find(output);
+        return found != slots_.end() && found->second.gradient.id() != nullptr;
+      });
+      if (reached) last.run();
+      // Entries are run in reverse, so nobody else reads these gradients.
+      for (const void* output : last.outputs) {
+        const auto found = slots_.find(output);
+        if (found != slots_.end() && !found->second.parameter) slots_.erase(found);
+      }
     }
   }
 
@@ -94,7 +107,7 @@ class tape {
     bool parameter;
   };
   struct entry {
-    const void* output;
+    std::vector<const void*> outputs;
     std::function<void()> run;
   };
 

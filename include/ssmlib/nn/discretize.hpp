@@ -1,0 +1,72 @@
+#pragma once
+
+#include <ssmlib/kernels/cpu/discretize.hpp>
+#include <ssmlib/lower/tokens.hpp>
+#include <ssmlib/nn/checks.hpp>
+#include <ssmlib/nn/pass.hpp>
+
+#include <limits>
+
+namespace ssm {
+
+/// The clamp of a step size, after the softplus.
+struct step_limits {
+  double low = 0.0;
+  double high = std::numeric_limits<double>::infinity();
+};
+
+template <Real T>
+struct discretized {
+  tensor<T, 3> delta;  ///< (b, T, H) step sizes
+  tensor<T, 3> log_a;  ///< (b, T, H) log decays
+};
+
+/// Step sizes and log decays of Mamba-2:
+///
+///     delta = clamp(softplus(dt + dt_bias), low, high),     log_a = A_h delta
+///
+/// softplus is the identity above 20. Outside the limits the gradient of dt is zero.
+/// @param dt       (b, T, H); may be a feature slice of a larger tensor
+/// @param a        (H), negative
+/// @param dt_bias  (H), or absent
+/// @throws shape_error  the sizes do not fit.
+/// @throws value_error  low > high.
+/// @cost   an exp and a log an element; nothing but the operands is kept for the backward pass.
+/// @source Dao and Gu 2024, arXiv:2405.21060, section 7; Gu and Dao 2023, arXiv:2312.00752, 3.5.
+template <Real T>
+[[nodiscard]] discretized<T> discretize(const pass<T>& p, const tensor<T, 3>& dt,
+                                        const tensor<T, 1>& a, const tensor<T, 1>& dt_bias = {},
+                                        const step_limits& limits = {}) {
+  if (!a) throw shape_error("ssm: discretize: A is absent; give one number per head");
+  detail::check_parameter<T, 1>("discretize", "A", a, {dt.extent(2)});
+  detail::check_parameter<T, 1>("discretize", "dt_bias", dt_bias, {dt.extent(2)});
+  if (!(limits.low <= limits.high)) {
+    throw value_error("ssm: discretize: the limits are " + std::to_string(limits.low) + " and " +
+                      std::to_string(limits.high) + "; wanted low <= high");
+  }
+  const tensor<T, 2> rows = detail::input_tokens(dt);
+  const auto problem = [rows, a, dt_bias, limits] {
+    return kernels::discretize_problem<T>{rows.const_view(), a.data(), dt_bias.data(),
+                                          static_cast<T>(limits.low), static_cast<T>(limits.high)};
+  };
+  const discretized<T> r{tensor<T, 3>(dt.extents()), tensor<T, 3>(dt.extents())};
+  kernels::discretize(p.ctx, problem(), detail::input_tokens(r.delta).view(),
+                      detail::input_tokens(r.log_a).view());
+  if (p.tape == nullptr || !(p.tape->wants(dt) || p.tape->wants(a) || p.tape->wants(dt_bias))) {
+    return r;
+  }
+  p.tape->record_outputs(
+      [dt, a, dt_bias, problem, r, t = p.tape, &ctx = p.ctx] {
+        const detail::output_tokens<T, 3> d_dt(t->gradient(dt));
+        const tensor<T, 1> d_a = t->gradient(a), d_bias = t->gradient(dt_bias);
+        kernels::discretize_vjp(ctx, problem(),
+                                detail::input_tokens(t->gradient(r.delta)).const_view(),
+                                detail::input_tokens(t->gradient(r.log_a)).const_view(),
+                                {d_dt.get().view(), d_a.data(), d_bias.data()});
+        d_dt.finish();
+      },
+      r.delta, r.log_a);
+  return r;
+}
+
+}  // namespace ssm
