@@ -1,9 +1,8 @@
 #pragma once
 
-#include <ssmlib/expr/concepts.hpp>
+#include <ssmlib/expr/mask.hpp>
 
 #include <cmath>
-#include <vector>
 
 namespace ssm {
 
