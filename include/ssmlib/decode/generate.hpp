@@ -66,7 +66,7 @@ template <class M>
     last.slice(1, i, i + 1)
         .copy_from(hidden.slice(1, packed.layout.end(i) - 1, packed.layout.end(i)));
   }
-  return op::linear(p, last, model.head_weight(), model.head_bias());
+  return model.head()(p, last);
 }
 
 template <Real T>

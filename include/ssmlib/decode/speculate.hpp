@@ -134,7 +134,7 @@ class speculator {
     const packed_ids packed(rows);
     const pass<TargetReal> p{ctx_, nullptr, true};
     const auto hidden = target_.advance(p, target_state_, packed.ids, packed.layout);
-    const auto logits = op::linear(p, hidden, target_.head_weight(), target_.head_bias());
+    const auto logits = target_.head()(p, hidden);
     std::vector<index_t> target_back(sequences_.size(), 0), draft_back(sequences_.size(), 0);
     for (std::size_t i = 0; i < sequences_.size(); ++i) {
       if (sequences_[i].done) continue;
@@ -246,10 +246,10 @@ template <LanguageModel Target, LanguageModel Draft>
                       std::to_string(speculation.draft_tokens) + "; wanted 1 to " +
                       std::to_string(max_fixed_step - 1));
   }
-  if (target.head_weight().extent(0) != draft.head_weight().extent(0)) {
+  if (target.head().out_features() != draft.head().out_features()) {
     throw value_error(
-        "ssm: speculate: the target has " + std::to_string(target.head_weight().extent(0)) +
-        " tokens in its vocabulary, the draft " + std::to_string(draft.head_weight().extent(0)) +
+        "ssm: speculate: the target has " + std::to_string(target.head().out_features()) +
+        " tokens in its vocabulary, the draft " + std::to_string(draft.head().out_features()) +
         "; wanted one tokenizer for both");
   }
   return detail::speculator<Target, Draft>(target, draft, options, speculation.draft_tokens,

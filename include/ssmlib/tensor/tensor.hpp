@@ -298,7 +298,7 @@ tensor<T, R2, B> tensor<T, Rank, B>::reshape(const shape<R2>& extents) const {
   out.data_ = data_;
   out.extents_ = extents;
   const bool same_count = element_count(extents) == element_count(extents_);
-  if (same_count && is_contiguous()) {
+  if (same_count && (is_contiguous() || element_count(extents) == 0)) {
     out.strides_ = dense_strides(extents);
     return out;
   }

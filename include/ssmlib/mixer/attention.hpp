@@ -1,0 +1,84 @@
+#pragma once
+
+#include <ssmlib/expr/softmax.hpp>
+#include <ssmlib/lower/kv_state.hpp>
+#include <ssmlib/lower/softmax.hpp>
+#include <ssmlib/mixer/sequence_mixer.hpp>
+#include <ssmlib/nn/rope.hpp>
+
+#include <optional>
+
+namespace ssm {
+
+struct attention_options {
+  index_t width = 0;     ///< d, of the model
+  index_t heads = 1;     ///< query heads
+  index_t kv_heads = 0;  ///< key/value heads; 0: as many as heads
+  index_t head_dim = 0;  ///< 0: width / heads
+  index_t window = 0;    ///< sliding window in tokens, the token itself included; 0: none
+  std::optional<double> scale = {};       ///< default head_dim^(-1/2)
+  std::optional<rope_options> rope = {};  ///< rotary position embedding of q and k
+  bool bias = false;                      ///< on the four projections
+  double out_scale = 1.0;                 ///< of the initial output projection
+};
+
+/// Causal softmax self-attention: MHA, GQA (kv_heads < heads) or MQA (kv_heads = 1).
+/// @source Vaswani et al. 2017; GQA: Ainslie et al. 2023, arXiv:2305.13245.
+template <Real T>
+class attention : public sequence_mixer<attention<T>, T> {
+ public:
+  attention() = default;
+  attention(const attention_options& options, std::uint64_t seed) : options_(options) {
+    auto& o = options_;
+    if (o.kv_heads == 0) o.kv_heads = o.heads;
+    if (o.head_dim == 0) o.head_dim = o.width / o.heads;
+    detail::join_heads("attention: heads and kv_heads", o.heads, o.kv_heads);
+    q_proj = linear<T>::make(o.width, o.heads * o.head_dim, {.bias = o.bias, .seed = seed});
+    k_proj = linear<T>::make(o.width, o.kv_heads * o.head_dim, {.bias = o.bias, .seed = seed + 1});
+    v_proj = linear<T>::make(o.width, o.kv_heads * o.head_dim, {.bias = o.bias, .seed = seed + 2});
+    o_proj = linear<T>::make(o.heads * o.head_dim, o.width,
+                             {.bias = o.bias, .seed = seed + 3, .scale = o.out_scale});
+  }
+
+  linear<T> q_proj, k_proj, v_proj, o_proj;
+
+  [[nodiscard]] const attention_options& options() const { return options_; }
+  [[nodiscard]] index_t width() const { return options_.width; }
+  [[nodiscard]] index_t conv_channels() const { return 0; }
+  [[nodiscard]] index_t conv_width() const { return 1; }
+
+  template <class Self, class F>
+  static void parameters(Self& self, F&& f) {
+    visit(f, "q_proj", self.q_proj);
+    visit(f, "k_proj", self.k_proj);
+    visit(f, "v_proj", self.v_proj);
+    visit(f, "o_proj", self.o_proj);
+  }
+
+  [[nodiscard]] auto project(const pass<T>& p, const tensor<T, 3>& u, const sequence_layout& layout,
+                             conv_state<T>*) const {
+    auto q = detail::split_heads(q_proj(p, u), options_.heads);
+    auto k = detail::split_heads(k_proj(p, u), options_.kv_heads);
+    const auto v = detail::split_heads(v_proj(p, u), options_.kv_heads);
+    if (options_.rope) {
+      q = rope(p, q, layout, *options_.rope);
+      k = rope(p, k, layout, *options_.rope);
+    }
+    const double scale =
+        options_.scale.value_or(1.0 / std::sqrt(static_cast<double>(options_.head_dim)));
+    const auto logits = q * transpose(k) * scale;
+    auto matrix = options_.window > 0 ? softmax(logits + ssm::window(options_.window))
+                                      : softmax(logits + causal);
+    auto product = packed(layout, std::move(matrix)) * v;
+    return projected<decltype(product), T>{std::move(product), {}};
+  }
+  template <class Parts>
+  [[nodiscard]] tensor<T, 3> finish(const pass<T>& p, const tensor<T, 4>& y, const Parts&) const {
+    return o_proj(p, detail::merge_heads(y));
+  }
+
+ private:
+  attention_options options_;
+};
+
+}  // namespace ssm

@@ -1,0 +1,142 @@
+#pragma once
+
+#include <ssmlib/expr/hadamard.hpp>
+#include <ssmlib/lower/elementwise.hpp>
+#include <ssmlib/lower/semiseparable.hpp>
+#include <ssmlib/mixer/sequence_mixer.hpp>
+#include <ssmlib/nn/norm.hpp>
+
+namespace ssm {
+
+struct linear_attention_options {
+  index_t width = 0;     ///< d, of the model
+  index_t heads = 1;     ///< query heads
+  index_t kv_heads = 0;  ///< key/value heads; 0: as many as heads
+  index_t head_dim = 0;  ///< 0: width / heads
+  double out_scale = 1.0;
+};
+
+/// Causal linear attention, normalised: rows of causal o (phi(Q) phi(K)^T), divided by their sums.
+/// @tparam Phi  feature map with positive values, see ssm::feature
+/// @source Katharopoulos et al. 2020, arXiv:2006.16236.
+template <Real T, FeatureMap Phi = feature::elu_plus_one>
+class linear_attention : public sequence_mixer<linear_attention<T, Phi>, T> {
+ public:
+  linear_attention() = default;
+  linear_attention(const linear_attention_options& options, std::uint64_t seed)
+      : options_(options) {
+    auto& o = options_;
+    if (o.kv_heads == 0) o.kv_heads = o.heads;
+    if (o.head_dim == 0) o.head_dim = o.width / o.heads;
+    q_proj = linear<T>::make(o.width, o.heads * o.head_dim, {.seed = seed});
+    k_proj = linear<T>::make(o.width, o.kv_heads * o.head_dim, {.seed = seed + 1});
+    v_proj = linear<T>::make(o.width, o.kv_heads * o.head_dim, {.seed = seed + 2});
+    o_proj =
+        linear<T>::make(o.heads * o.head_dim, o.width, {.seed = seed + 3, .scale = o.out_scale});
+  }
+
+  linear<T> q_proj, k_proj, v_proj, o_proj;
+
+  [[nodiscard]] const linear_attention_options& options() const { return options_; }
+  [[nodiscard]] index_t width() const { return options_.width; }
+  [[nodiscard]] index_t conv_channels() const { return 0; }
+  [[nodiscard]] index_t conv_width() const { return 1; }
+
+  template <class Self, class F>
+  static void parameters(Self& self, F&& f) {
+    visit(f, "q_proj", self.q_proj);
+    visit(f, "k_proj", self.k_proj);
+    visit(f, "v_proj", self.v_proj);
+    visit(f, "o_proj", self.o_proj);
+  }
+
+  [[nodiscard]] auto project(const pass<T>& p, const tensor<T, 3>& u, const sequence_layout& layout,
+                             conv_state<T>*) const {
+    const auto q = detail::split_heads(q_proj(p, u), options_.heads);
+    const auto k = detail::split_heads(k_proj(p, u), options_.kv_heads);
+    const auto v = detail::split_heads(v_proj(p, u), options_.kv_heads);
+    auto matrix = normalize_rows(hadamard(causal, with_features(Phi{}, q * transpose(k))));
+    auto product = packed(layout, std::move(matrix)) * v;
+    return projected<decltype(product), T>{std::move(product), {}};
+  }
+  template <class Parts>
+  [[nodiscard]] tensor<T, 3> finish(const pass<T>& p, const tensor<T, 4>& y, const Parts&) const {
+    return o_proj(p, detail::merge_heads(y));
+  }
+
+ private:
+  linear_attention_options options_;
+};
+
+struct retention_options {
+  index_t width = 0;      ///< d, of the model
+  index_t heads = 1;      ///< H
+  index_t head_dim = 0;   ///< of queries and keys; 0: width / heads
+  index_t value_dim = 0;  ///< of values; 0: head_dim
+  double out_scale = 1.0;
+};
+
+/// Retention: decay(gamma) o (Q K^T) / sqrt(N) with one fixed decay a head,
+/// gamma_h = 1 - 2^(-5-h), RMSNorm per head, and a silu gate.
+/// @source Sun et al. 2023, arXiv:2307.08621, section 2.
+template <Real T>
+class retention : public sequence_mixer<retention<T>, T> {
+ public:
+  retention() = default;
+  retention(const retention_options& options, std::uint64_t seed) : options_(options) {
+    auto& o = options_;
+    if (o.head_dim == 0) o.head_dim = o.width / o.heads;
+    if (o.value_dim == 0) o.value_dim = o.head_dim;
+    q_proj = linear<T>::make(o.width, o.heads * o.head_dim, {.seed = seed});
+    k_proj = linear<T>::make(o.width, o.heads * o.head_dim, {.seed = seed + 1});
+    v_proj = linear<T>::make(o.width, o.heads * o.value_dim, {.seed = seed + 2});
+    g_proj = linear<T>::make(o.width, o.heads * o.value_dim, {.seed = seed + 3});
+    o_proj =
+        linear<T>::make(o.heads * o.value_dim, o.width, {.seed = seed + 4, .scale = o.out_scale});
+    norm = gated_rms_norm<T>::make(o.heads * o.value_dim, gate_order::norm_first,
+                                   {.group = o.value_dim});
+    gamma = tensor<T, 1>(o.heads);
+    for (index_t h = 0; h < o.heads; ++h) {
+      gamma(h) = static_cast<T>(1.0 - std::exp2(-5.0 - static_cast<double>(h)));
+    }
+  }
+
+  linear<T> q_proj, k_proj, v_proj, g_proj, o_proj;
+  gated_rms_norm<T> norm;
+  tensor<T, 1> gamma;  ///< (H); a constant, not a parameter
+
+  [[nodiscard]] const retention_options& options() const { return options_; }
+  [[nodiscard]] index_t width() const { return options_.width; }
+  [[nodiscard]] index_t conv_channels() const { return 0; }
+  [[nodiscard]] index_t conv_width() const { return 1; }
+
+  template <class Self, class F>
+  static void parameters(Self& self, F&& f) {
+    visit(f, "q_proj", self.q_proj);
+    visit(f, "k_proj", self.k_proj);
+    visit(f, "v_proj", self.v_proj);
+    visit(f, "g_proj", self.g_proj);
+    visit(f, "norm", self.norm);
+    visit(f, "o_proj", self.o_proj);
+  }
+
+  [[nodiscard]] auto project(const pass<T>& p, const tensor<T, 3>& u, const sequence_layout& layout,
+                             conv_state<T>*) const {
+    const auto q = detail::split_heads(q_proj(p, u), options_.heads);
+    const auto k = detail::split_heads(k_proj(p, u), options_.heads);
+    const auto v = detail::split_heads(v_proj(p, u), options_.heads);
+    const double scale = 1.0 / std::sqrt(static_cast<double>(options_.head_dim));
+    auto product = packed(layout, hadamard(decay(gamma), q * transpose(k) * scale)) * v;
+    return projected<decltype(product), T>{std::move(product), g_proj(p, u)};
+  }
+  template <class Parts>
+  [[nodiscard]] tensor<T, 3> finish(const pass<T>& p, const tensor<T, 4>& y,
+                                    const Parts& parts) const {
+    return o_proj(p, norm(p, detail::merge_heads(y), parts.gate));
+  }
+
+ private:
+  retention_options options_;
+};
+
+}  // namespace ssm

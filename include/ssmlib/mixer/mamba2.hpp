@@ -1,0 +1,222 @@
+#pragma once
+
+#include <ssmlib/expr/hadamard.hpp>
+#include <ssmlib/lower/elementwise.hpp>
+#include <ssmlib/lower/semiseparable.hpp>
+#include <ssmlib/mixer/sequence_mixer.hpp>
+#include <ssmlib/nn/discretize.hpp>
+#include <ssmlib/nn/norm.hpp>
+
+namespace ssm {
+
+struct mamba2_options {
+  index_t width = 0;       ///< d, of the model
+  index_t heads = 1;       ///< H
+  index_t head_dim = 64;   ///< P; heads * head_dim is the inner width
+  index_t state = 128;     ///< N
+  index_t groups = 1;      ///< G, groups of B and C
+  index_t conv_width = 4;  ///< W
+  conv1d_activation activation = conv1d_activation::silu;
+  bool gated_norm = true;  ///< RMSNorm of the gated output, in groups of inner width / G
+  bool norm_before_gate = false;
+  double norm_epsilon = 1e-5;
+  double dt_min = 1e-3, dt_max = 0.1, dt_floor = 1e-4;  ///< initial step sizes, log-uniform
+  step_limits limits = {};                              ///< clamp of the step size
+  double a_min = 1, a_max = 16;                         ///< initial -A, uniform
+  double out_scale = 1.0;                               ///< of the initial output projection
+};
+
+namespace detail {
+/// softplus^-1 of log-uniform step sizes. @source mamba_ssm's initialisation; algorithms: Gu and
+/// Dao 2023, section 3.6.
+template <Real T>
+[[nodiscard]] tensor<T, 1> initial_dt_bias(index_t n, double low, double high, double floor,
+                                           std::uint64_t seed) {
+  tensor<T, 1> bias(n);
+  philox random(seed);
+  for (index_t i = 0; i < n; ++i) {
+    const double dt = std::max(std::exp(random.uniform(std::log(low), std::log(high))), floor);
+    bias(i) = static_cast<T>(dt + std::log(-std::expm1(-dt)));
+  }
+  return bias;
+}
+}  // namespace detail
+
+/// Mamba-2: the state-space dual form with a scalar decay per head,
+///
+///     M = L o (C B^T) + diag(D),   L[t, s] = exp(A (delta_{s+1} + ... + delta_t)) delta_s
+///
+/// and delta = softplus(dt + dt_bias). in_proj makes [z, x, B, C, dt]; a causal convolution runs
+/// over [x, B, C]; the output is normalised after the gate silu(z).
+/// @source Dao and Gu 2024, arXiv:2405.21060, sections 6 and 7.
+template <Real T>
+class mamba2 : public sequence_mixer<mamba2<T>, T> {
+ public:
+  mamba2() = default;
+  mamba2(const mamba2_options& options, std::uint64_t seed) : options_(options) {
+    const auto& o = options_;
+    detail::join_heads("mamba2: heads and groups", o.heads, o.groups);
+    in_proj =
+        linear<T>::make(o.width, 2 * inner() + 2 * o.groups * o.state + o.heads, {.seed = seed});
+    conv1d = causal_conv1d<T>::make(conv_channels(), o.conv_width, seed + 1, o.activation);
+    dt_bias = detail::initial_dt_bias<T>(o.heads, o.dt_min, o.dt_max, o.dt_floor, seed + 3);
+    a_log = uniform<T, 1>({o.heads}, o.a_min, o.a_max, seed + 4);
+    for (index_t h = 0; h < o.heads; ++h)
+      a_log(h) = std::log(a_log(h));
+    d = tensor<T, 1>::full({o.heads}, T(1));
+    if (o.gated_norm) {
+      norm = gated_rms_norm<T>::make(
+          inner(), o.norm_before_gate ? gate_order::norm_first : gate_order::gate_first,
+          {.eps = o.norm_epsilon, .group = inner() / o.groups});
+    }
+    out_proj = linear<T>::make(inner(), o.width, {.seed = seed + 5, .scale = o.out_scale});
+  }
+
+  linear<T> in_proj, out_proj;
+  causal_conv1d<T> conv1d;         // (inner + 2 G N, W)
+  tensor<T, 1> dt_bias, a_log, d;  // (H)
+  gated_rms_norm<T> norm;          // its weight is absent without gated_norm
+
+  [[nodiscard]] const mamba2_options& options() const { return options_; }
+  [[nodiscard]] index_t inner() const { return options_.heads * options_.head_dim; }
+  [[nodiscard]] index_t width() const { return options_.width; }
+  [[nodiscard]] index_t conv_channels() const {
+    return inner() + 2 * options_.groups * options_.state;
+  }
+  [[nodiscard]] index_t conv_width() const { return options_.conv_width; }
+
+  template <class Self, class F>
+  static void parameters(Self& self, F&& f) {
+    visit(f, "in_proj", self.in_proj);
+    visit(f, "conv1d", self.conv1d);
+    f("dt_bias", self.dt_bias, parameter_kind::decay);
+    f("A_log", self.a_log, parameter_kind::decay);
+    f("D", self.d, parameter_kind::decay);
+    visit(f, "norm", self.norm);
+    visit(f, "out_proj", self.out_proj);
+  }
+
+  [[nodiscard]] auto project(const pass<T>& p, const tensor<T, 3>& u, const sequence_layout& layout,
+                             conv_state<T>* state) const {
+    const auto& o = options_;
+    const index_t bc = o.groups * o.state;
+    const auto [z, x_b_c, dt] =
+        detail::split_features<T, 3>(in_proj(p, u), {inner(), inner() + 2 * bc, o.heads});
+    const tensor<T, 3> mixed = detail::convolve(p, conv1d, x_b_c, layout, state);
+    const auto [x, b, c] = detail::split_features<T, 3>(mixed, {inner(), bc, bc});
+    const tensor<T, 1> a = eval(-exp(a_log), p.tape, p.ctx);
+    const auto [delta, log_a] = discretize(p, dt, a, dt_bias, o.limits);
+    auto matrix =
+        hadamard(semiseparable(log_a, delta),
+                 detail::split_heads(c, o.groups) * transpose(detail::split_heads(b, o.groups))) +
+        diagonal(d);
+    auto product = packed(layout, std::move(matrix)) * detail::split_heads(x, o.heads);
+    return projected<decltype(product), T>{std::move(product), z};
+  }
+  template <class Parts>
+  [[nodiscard]] tensor<T, 3> finish(const pass<T>& p, const tensor<T, 4>& y4,
+                                    const Parts& parts) const {
+    const tensor<T, 3> y = detail::merge_heads(y4);
+    if (!options_.gated_norm) return out_proj(p, eval(y * silu(parts.gate), p.tape, p.ctx));
+    return out_proj(p, norm(p, y, parts.gate));
+  }
+
+ private:
+  mamba2_options options_;
+};
+
+struct discrete_mamba2_options {
+  index_t width = 0;      ///< d, of the model
+  index_t heads = 1;      ///< H, of x and of the decay
+  index_t qk_heads = 0;   ///< heads of B and C; 0: as many as heads
+  index_t head_dim = 64;  ///< P
+  index_t state = 64;     ///< N
+  index_t conv_width = 4;
+  conv1d_activation activation = conv1d_activation::none;
+  bool identity_init = false;  ///< conv passes its input, gate = 1: MOHAWK's start
+  double out_scale = 1.0;      ///< of the initial output projection
+};
+
+/// The discrete Mamba-2 of Phi-Mamba: decay sigmoid(-a_t), inputs not scaled by a step, own B and C
+/// per head, gate silu(z + z_bias), no norm. The same matrix node as mamba2, without a weight.
+/// in_proj makes [x, B, C, z, a].
+/// @source Bick et al. 2024 (MOHAWK), arXiv:2408.10189, section 3 and the Phi-Mamba code release.
+template <Real T>
+class discrete_mamba2 : public sequence_mixer<discrete_mamba2<T>, T> {
+ public:
+  discrete_mamba2() = default;
+  discrete_mamba2(const discrete_mamba2_options& options, std::uint64_t seed) : options_(options) {
+    auto& o = options_;
+    if (o.qk_heads == 0) o.qk_heads = o.heads;
+    detail::join_heads("discrete_mamba2: heads and qk_heads", o.heads, o.qk_heads);
+    in_proj =
+        linear<T>::make(o.width, 2 * inner() + 2 * o.qk_heads * o.state + o.heads, {.seed = seed});
+    conv1d = causal_conv1d<T>::make(conv_channels(), o.conv_width, seed + 1, o.activation);
+    z_bias = tensor<T, 1>::zeros(inner());
+    d = tensor<T, 1>::full({o.heads}, T(1));
+    out_proj = linear<T>::make(inner(), o.width, {.seed = seed + 2, .scale = o.out_scale});
+    if (o.identity_init) open();
+  }
+
+  linear<T> in_proj, out_proj;
+  causal_conv1d<T> conv1d;
+  tensor<T, 1> z_bias;  // (inner)
+  tensor<T, 1> d;       // (H)
+
+  /// The root of silu(z) = 1: a gate with this bias and no weights passes its input.
+  static constexpr double unit_gate = 1.278464542761074;
+
+  /// Makes the convolution and the gate the identity, so that only the matrix acts.
+  void open() {
+    conv1d.weight.fill(T(0));
+    conv1d.weight.slice(1, options_.conv_width - 1, options_.conv_width).fill(T(1));
+    conv1d.bias.fill(T(0));
+    const index_t z = inner() + 2 * options_.qk_heads * options_.state;
+    in_proj.weight.slice(0, z, z + inner()).fill(T(0));
+    z_bias.fill(static_cast<T>(unit_gate));
+  }
+
+  [[nodiscard]] const discrete_mamba2_options& options() const { return options_; }
+  [[nodiscard]] index_t inner() const { return options_.heads * options_.head_dim; }
+  [[nodiscard]] index_t width() const { return options_.width; }
+  [[nodiscard]] index_t conv_channels() const {
+    return inner() + 2 * options_.qk_heads * options_.state;
+  }
+  [[nodiscard]] index_t conv_width() const { return options_.conv_width; }
+
+  template <class Self, class F>
+  static void parameters(Self& self, F&& f) {
+    visit(f, "in_proj", self.in_proj);
+    visit(f, "conv1d", self.conv1d);
+    f("z_bias", self.z_bias, parameter_kind::bias);
+    f("D", self.d, parameter_kind::decay);
+    visit(f, "out_proj", self.out_proj);
+  }
+
+  [[nodiscard]] auto project(const pass<T>& p, const tensor<T, 3>& u, const sequence_layout& layout,
+                             conv_state<T>* state) const {
+    const auto& o = options_;
+    const index_t bc = o.qk_heads * o.state;
+    const auto [x_b_c, z, a] =
+        detail::split_features<T, 3>(in_proj(p, u), {inner() + 2 * bc, inner(), o.heads});
+    const tensor<T, 3> mixed = detail::convolve(p, conv1d, x_b_c, layout, state);
+    const auto [x, b, c] = detail::split_features<T, 3>(mixed, {inner(), bc, bc});
+    const tensor<T, 3> log_a = eval(-softplus(a), p.tape, p.ctx);
+    auto matrix =
+        hadamard(semiseparable(log_a), detail::split_heads(c, o.qk_heads) *
+                                           transpose(detail::split_heads(b, o.qk_heads))) +
+        diagonal(d);
+    auto product = packed(layout, std::move(matrix)) * detail::split_heads(x, o.heads);
+    return projected<decltype(product), T>{std::move(product), z};
+  }
+  template <class Parts>
+  [[nodiscard]] tensor<T, 3> finish(const pass<T>& p, const tensor<T, 4>& y,
+                                    const Parts& parts) const {
+    return out_proj(p, eval(detail::merge_heads(y) * silu(parts.gate + z_bias), p.tape, p.ctx));
+  }
+
+ private:
+  discrete_mamba2_options options_;
+};
+
+}  // namespace ssm

@@ -1,0 +1,227 @@
+#pragma once
+
+#include <ssmlib/lower/elementwise.hpp>
+#include <ssmlib/mixer/sequence_mixer.hpp>
+#include <ssmlib/nn/norm.hpp>
+
+#include <memory>
+#include <string>
+#include <typeinfo>
+#include <utility>
+#include <vector>
+
+namespace ssm {
+
+/// The state of any layer, as a value: copying it forks it.
+class any_state {
+ public:
+  any_state() = default;
+  template <class S>
+  requires(!std::same_as<std::remove_cvref_t<S>, any_state>) explicit any_state(S state)
+      : held_(std::make_unique<holder<S>>(std::move(state))) {}
+  any_state(const any_state& other) : held_(other.held_ ? other.held_->clone() : nullptr) {}
+  any_state(any_state&&) = default;
+  any_state& operator=(any_state other) {
+    held_ = std::move(other.held_);
+    return *this;
+  }
+
+  /// False for layers without a state (MLPs).
+  explicit operator bool() const { return held_ != nullptr; }
+  void rollback(std::span<const index_t> n) {
+    if (held_) held_->rollback(n);
+  }
+  friend bool operator==(const any_state& a, const any_state& b) {
+    if (!a.held_ || !b.held_) return !a.held_ && !b.held_;
+    return a.held_->equals(*b.held_);
+  }
+  /// @pre the state was made from an S
+  template <class S>
+  [[nodiscard]] S& as() {
+    return static_cast<holder<S>*>(held_.get())->state;
+  }
+
+ private:
+  struct base {
+    virtual ~base() = default;
+    [[nodiscard]] virtual std::unique_ptr<base> clone() const = 0;
+    virtual void rollback(std::span<const index_t> n) = 0;
+    [[nodiscard]] virtual bool equals(const base& other) const = 0;
+  };
+  template <class S>
+  struct holder final : base {
+    explicit holder(S s) : state(std::move(s)) {}
+    [[nodiscard]] std::unique_ptr<base> clone() const override {
+      return std::make_unique<holder>(state);
+    }
+    void rollback(std::span<const index_t> n) override { state.rollback(n); }
+    [[nodiscard]] bool equals(const base& other) const override {
+      const auto* same = dynamic_cast<const holder*>(&other);
+      return same != nullptr && same->state == state;
+    }
+    S state;
+  };
+
+  std::unique_ptr<base> held_;
+};
+
+/// One layer of a model, whatever it is: the boundary between static types (inside a layer) and a
+/// run-time list (the model). What distillation needs of a mixer goes through here too.
+template <Real T>
+class any_block {
+ public:
+  virtual ~any_block() = default;
+
+  /// (b, T, d) -> (b, T, d), the residual connection included.
+  [[nodiscard]] virtual tensor<T, 3> forward(const pass<T>& p, const tensor<T, 3>& x,
+                                             const sequence_layout& layout) const = 0;
+  [[nodiscard]] virtual tensor<T, 3> advance(const pass<T>& p, any_state& state,
+                                             const tensor<T, 3>& x,
+                                             const sequence_layout& layout) const = 0;
+  [[nodiscard]] virtual any_state initial_state(index_t sequences, index_t max_rollback) const = 0;
+  [[nodiscard]] virtual std::vector<parameter<T>> parameters(std::string_view prefix) const = 0;
+
+  /// Whether the block holds a sequence mixer, which the next two need.
+  [[nodiscard]] bool has_mixer() const { return mixer_type() != typeid(void); }
+  /// The mixer, if it is an M, else null.
+  template <class M>
+  [[nodiscard]] const M* mixer_as() const {
+    return mixer_type() == typeid(M) ? static_cast<const M*>(mixer_address()) : nullptr;
+  }
+  /// The mixer's T x T matrices for the block's input x, recorded on p.tape.
+  [[nodiscard]] virtual std::shared_ptr<matrix_panels<T>> mixer_matrix(
+      const pass<T>&, const tensor<T, 3>&, const sequence_layout&) const {
+    throw value_error("ssm: mixer_matrix: this block has no sequence mixer; ask has_mixer()");
+  }
+  /// The mixer's output for the block's input x, before the residual connection.
+  [[nodiscard]] virtual tensor<T, 3> mixer_output(const pass<T>&, const tensor<T, 3>&,
+                                                  const sequence_layout&) const {
+    throw value_error("ssm: mixer_output: this block has no sequence mixer; ask has_mixer()");
+  }
+
+ private:
+  [[nodiscard]] virtual const std::type_info& mixer_type() const { return typeid(void); }
+  [[nodiscard]] virtual const void* mixer_address() const { return nullptr; }
+};
+
+/// x + mixer(norm(x)): the pre-norm residual layer of Llama's attention, of Mamba and Mamba-2.
+template <Real T, class Norm, SequenceMixer Mixer>
+class mixer_block final : public any_block<T> {
+ public:
+  mixer_block(Norm norm, Mixer mixer) : norm_(std::move(norm)), mixer_(std::move(mixer)) {}
+
+  [[nodiscard]] tensor<T, 3> forward(const pass<T>& p, const tensor<T, 3>& x,
+                                     const sequence_layout& layout) const override {
+    return eval(x + mixer_output(p, x, layout), p.tape, p.ctx);
+  }
+  [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, any_state& state, const tensor<T, 3>& x,
+                                     const sequence_layout& layout) const override {
+    auto& mine = state.template as<state_of<Mixer>>();
+    return eval(x + mixer_.advance(p, mine, norm_(p, x), layout), p.ctx);
+  }
+  [[nodiscard]] any_state initial_state(index_t sequences, index_t max_rollback) const override {
+    return any_state(mixer_.initial_state(sequences, max_rollback));
+  }
+  [[nodiscard]] std::vector<parameter<T>> parameters(std::string_view prefix) const override {
+    return parameters_of<T>(*this, prefix);
+  }
+  template <class Self, class F>
+  static void parameters(Self& self, F&& f) {
+    visit(f, "norm", self.norm_);
+    visit(f, "mixer", self.mixer_);
+  }
+  [[nodiscard]] std::shared_ptr<matrix_panels<T>> mixer_matrix(
+      const pass<T>& p, const tensor<T, 3>& x, const sequence_layout& layout) const override {
+    return mixer_.matrix_panels_of(p, norm_(p, x), layout);
+  }
+  [[nodiscard]] tensor<T, 3> mixer_output(const pass<T>& p, const tensor<T, 3>& x,
+                                          const sequence_layout& layout) const override {
+    return mixer_.forward(p, norm_(p, x), layout);
+  }
+
+ private:
+  [[nodiscard]] const std::type_info& mixer_type() const override { return typeid(Mixer); }
+  [[nodiscard]] const void* mixer_address() const override { return &mixer_; }
+
+  Norm norm_;
+  Mixer mixer_;
+};
+
+/// x + mlp(norm(x)).
+template <Real T, class Norm, class Mlp>
+class mlp_block final : public any_block<T> {
+ public:
+  mlp_block(Norm norm, Mlp mlp) : norm_(std::move(norm)), mlp_(std::move(mlp)) {}
+
+  [[nodiscard]] tensor<T, 3> forward(const pass<T>& p, const tensor<T, 3>& x,
+                                     const sequence_layout&) const override {
+    return eval(x + mlp_(p, norm_(p, x)), p.tape, p.ctx);
+  }
+  [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, any_state&, const tensor<T, 3>& x,
+                                     const sequence_layout& layout) const override {
+    return forward(p, x, layout);
+  }
+  [[nodiscard]] any_state initial_state(index_t, index_t) const override { return {}; }
+  [[nodiscard]] std::vector<parameter<T>> parameters(std::string_view prefix) const override {
+    return parameters_of<T>(*this, prefix);
+  }
+  template <class Self, class F>
+  static void parameters(Self& self, F&& f) {
+    visit(f, "norm", self.norm_);
+    visit(f, "mlp", self.mlp_);
+  }
+
+ private:
+  Norm norm_;
+  Mlp mlp_;
+};
+
+/// x + mixer(n) + mlp(n) with one n = norm(x): the parallel block of Phi.
+template <Real T, class Norm, SequenceMixer Mixer, class Mlp>
+class parallel_block final : public any_block<T> {
+ public:
+  parallel_block(Norm norm, Mixer mixer, Mlp mlp)
+      : norm_(std::move(norm)), mixer_(std::move(mixer)), mlp_(std::move(mlp)) {}
+
+  [[nodiscard]] tensor<T, 3> forward(const pass<T>& p, const tensor<T, 3>& x,
+                                     const sequence_layout& layout) const override {
+    const tensor<T, 3> n = norm_(p, x);
+    return eval(x + mixer_.forward(p, n, layout) + mlp_(p, n), p.tape, p.ctx);
+  }
+  [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, any_state& state, const tensor<T, 3>& x,
+                                     const sequence_layout& layout) const override {
+    const tensor<T, 3> n = norm_(p, x);
+    auto& mine = state.template as<state_of<Mixer>>();
+    return eval(x + mixer_.advance(p, mine, n, layout) + mlp_(p, n), p.ctx);
+  }
+  [[nodiscard]] any_state initial_state(index_t sequences, index_t max_rollback) const override {
+    return any_state(mixer_.initial_state(sequences, max_rollback));
+  }
+  [[nodiscard]] std::vector<parameter<T>> parameters(std::string_view prefix) const override {
+    return parameters_of<T>(*this, prefix);
+  }
+  template <class Self, class F>
+  static void parameters(Self& self, F&& f) {
+    visit(f, "norm", self.norm_);
+    visit(f, "mixer", self.mixer_);
+    visit(f, "mlp", self.mlp_);
+  }
+  [[nodiscard]] std::shared_ptr<matrix_panels<T>> mixer_matrix(
+      const pass<T>& p, const tensor<T, 3>& x, const sequence_layout& layout) const override {
+    return mixer_.matrix_panels_of(p, norm_(p, x), layout);
+  }
+  [[nodiscard]] tensor<T, 3> mixer_output(const pass<T>& p, const tensor<T, 3>& x,
+                                          const sequence_layout& layout) const override {
+    return mixer_.forward(p, norm_(p, x), layout);
+  }
+
+ private:
+  [[nodiscard]] const std::type_info& mixer_type() const override { return typeid(Mixer); }
+  [[nodiscard]] const void* mixer_address() const override { return &mixer_; }
+
+  Norm norm_;
+  Mixer mixer_;
+  Mlp mlp_;
+};
+
+}  // namespace ssm

@@ -1,0 +1,287 @@
+#pragma once
+
+#include <ssmlib/model/block.hpp>
+#include <ssmlib/model/config.hpp>
+#include <ssmlib/nn/embedding.hpp>
+#include <ssmlib/nn/linear.hpp>
+#include <ssmlib/nn/mlp.hpp>
+#include <ssmlib/nn/norm.hpp>
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace ssm {
+
+/// The state of a model: those of its layers, and the positions. A value: copying is a fork.
+class model_state {
+ public:
+  model_state() = default;
+  model_state(index_t sequences, index_t max_rollback, std::vector<any_state> layers)
+      : positions_(sequences, max_rollback), layers_(std::move(layers)) {}
+
+  [[nodiscard]] index_t sequences() const { return positions_.sequences(); }
+  [[nodiscard]] index_t position(index_t i) const { return positions_[i]; }
+  [[nodiscard]] index_t max_rollback() const { return positions_.max_rollback(); }
+  [[nodiscard]] index_t can_roll_back(index_t i) const { return positions_.undoable(i); }
+
+  /// Undoes the last n tokens of every sequence, or n[i] of sequence i.
+  /// @throws value_error  more than can be undone; nothing changes then.
+  void rollback(index_t n) { rollback(detail::same_count(sequences(), n)); }
+  void rollback(std::span<const index_t> n) {
+    detail::roll_back_each(positions_, n, [](index_t, index_t) {});
+    for (any_state& layer : layers_)
+      layer.rollback(n);
+  }
+  friend bool operator==(const model_state&, const model_state&) = default;
+
+  /// For models: the layers' states, and the record of new tokens.
+  [[nodiscard]] std::vector<any_state>& layers() { return layers_; }
+  [[nodiscard]] detail::state_positions& positions() { return positions_; }
+
+ private:
+  detail::state_positions positions_;
+  std::vector<any_state> layers_;
+};
+
+/// What training, distillation and decoding ask of a model.
+///
+///   hidden(p, ids, layout)           (b, T) ids -> (b, T, d), after the final norm
+///   advance(p, state, ids, layout)   the same for new tokens from a state
+///   head()                           linear: logits = head()(p, hidden)
+///   parameters()                     every trainable tensor, named
+template <class M>
+concept LanguageModel = requires(const M& m, const pass<typename M::value_type>& p,
+                                 const tensor<std::int32_t, 2>& ids, const sequence_layout& layout,
+                                 typename M::state_type& state) {
+  { m.hidden(p, ids, layout) } -> std::same_as<tensor<typename M::value_type, 3>>;
+  { m.advance(p, state, ids, layout) } -> std::same_as<tensor<typename M::value_type, 3>>;
+  { m.initial_state(index_t{1}, index_t{0}) } -> std::same_as<typename M::state_type>;
+  { m.head() } -> std::convertible_to<const linear<typename M::value_type>&>;
+  { m.parameters() } -> std::same_as<std::vector<parameter<typename M::value_type>>>;
+};
+
+/// A language model as a run-time list of layers: Transformer, Mamba, Mamba-2 and hybrids are one
+/// class, told apart by a pattern. Copying shares the parameters; clone() copies them.
+template <Real T>
+class language_model {
+ public:
+  using value_type = T;
+  using state_type = model_state;
+
+  language_model() = default;
+  /// Freshly initialised. @throws value_error, shape_error  a config that does not fit together.
+  language_model(const model_config& config, std::uint64_t seed);
+
+  [[nodiscard]] const model_config& config() const { return config_; }
+  [[nodiscard]] index_t layers() const { return static_cast<index_t>(blocks_.size()); }
+  [[nodiscard]] const any_block<T>& block(index_t i) const {
+    return *blocks_[static_cast<std::size_t>(i)];
+  }
+  /// hidden -> logits; with tied embeddings its weight is the embedding.
+  [[nodiscard]] const linear<T>& head() const { return head_; }
+
+  /// Recompute each layer's activations in the backward pass instead of keeping them.
+  void set_checkpointing(bool on) { checkpointing_ = on; }
+
+  /// ids (b, T) -> (b, T, d), the residual stream before layer 0.
+  [[nodiscard]] tensor<T, 3> embed(const pass<T>& p, const tensor<std::int32_t, 2>& ids) const {
+    return embedding_(p, ids);
+  }
+  [[nodiscard]] tensor<T, 3> final_norm(const pass<T>& p, const tensor<T, 3>& x) const {
+    return std::visit([&](const auto& norm) { return norm(p, x); }, norm_);
+  }
+
+  /// @param ids     (b, T), or (1, tokens) with a layout of packed sequences
+  /// @return        (b, T, d), after the final norm
+  [[nodiscard]] tensor<T, 3> hidden(const pass<T>& p, const tensor<std::int32_t, 2>& ids,
+                                    const sequence_layout& layout = {}) const {
+    const sequence_layout all = whole(ids, layout);
+    tensor<T, 3> x = embed(p, ids);
+    for (const auto& b : blocks_) {
+      if (checkpointing_ && p.tape != nullptr) {
+        x = checkpoint(x, p.tape, [&ctx = p.ctx, b, all](const tensor<T, 3>& in, tape<T>* t) {
+          return b->forward({ctx, t, false}, in, all);
+        });
+      } else {
+        x = b->forward(p, x, all);
+      }
+    }
+    return final_norm(p, x);
+  }
+
+  /// An empty state. @param max_rollback  the most tokens that rollback() must be able to undo
+  [[nodiscard]] model_state initial_state(index_t sequences, index_t max_rollback = 0) const {
+    std::vector<any_state> layers;
+    for (const auto& b : blocks_)
+      layers.push_back(b->initial_state(sequences, max_rollback));
+    return {sequences, max_rollback, std::move(layers)};
+  }
+
+  /// New tokens from any position: prefill, chunks and single steps are this one call.
+  ///
+  /// @param ids     (b, n): n new tokens of each of the state's b sequences; or (1, tokens) with a
+  ///                layout of one (possibly empty) piece a sequence
+  /// @return        (b, n, d), after the final norm, as one pass over everything would give it;
+  ///                for pieces of at most 16 tokens the same bits whatever the split and the batch
+  [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, model_state& state,
+                                     const tensor<std::int32_t, 2>& ids,
+                                     const sequence_layout& layout = {}) const {
+    const sequence_layout pieces = whole(ids, layout);
+    state.positions().check_layout(pieces);
+    const sequence_layout placed = pieces.at_positions(state.positions().all());
+    const pass<T> step{p.ctx, nullptr, pieces.max_length() <= max_fixed_step};
+    tensor<T, 3> x = embed(step, ids);
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      x = blocks_[i]->advance(step, state.layers()[i], x, placed);
+    }
+    for (index_t i = 0; i < pieces.sequences(); ++i) {
+      state.positions().advance(i, pieces.length(i));
+    }
+    return final_norm(step, x);
+  }
+
+  /// Every trainable tensor; a tied head is listed once, as the embedding.
+  [[nodiscard]] std::vector<parameter<T>> parameters() const {
+    std::vector<parameter<T>> list = parameters_of<T>(embedding_, "embedding");
+    const auto append = [&](std::vector<parameter<T>> more) {
+      for (auto& p : more)
+        list.push_back(std::move(p));
+    };
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      append(blocks_[i]->parameters("layers." + std::to_string(i)));
+    }
+    std::visit([&](const auto& norm) { append(parameters_of<T>(norm, "final_norm")); }, norm_);
+    if (!config_.tie_embeddings) {
+      append(parameters_of<T>(head_, "lm_head"));
+    } else if (head_.bias) {
+      list.push_back({"lm_head.bias", head_.bias, {head_.bias.size()}, parameter_kind::bias});
+    }
+    return list;
+  }
+
+  /// A model of the same config with its own copy of the parameters.
+  [[nodiscard]] language_model clone() const {
+    language_model copy(config_, 0);
+    copy.checkpointing_ = checkpointing_;
+    const auto from = parameters(), to = copy.parameters();
+    for (std::size_t i = 0; i < from.size(); ++i)
+      to[i].value.copy_from(from[i].value);
+    return copy;
+  }
+
+ private:
+  [[nodiscard]] static sequence_layout whole(const tensor<std::int32_t, 2>& ids,
+                                             const sequence_layout& layout) {
+    if (!layout) return sequence_layout::rectangular(ids.extent(0), ids.extent(1));
+    if (layout.tokens() != ids.size()) {
+      throw shape_error("ssm: the layout has " + std::to_string(layout.tokens()) +
+                        " tokens, ids are " + to_string<2>(ids.extents()) + "; wanted as many");
+    }
+    return layout;
+  }
+
+  template <class Norm>
+  [[nodiscard]] std::shared_ptr<any_block<T>> make_block(char letter, Norm norm,
+                                                         std::uint64_t seed) const;
+
+  model_config config_;
+  embedding<T> embedding_;
+  std::vector<std::shared_ptr<any_block<T>>> blocks_;
+  std::variant<rms_norm<T>, layer_norm<T>> norm_;
+  linear<T> head_;
+  bool checkpointing_ = false;
+};
+
+template <Real T>
+template <class Norm>
+std::shared_ptr<any_block<T>> language_model<T>::make_block(char letter, Norm norm,
+                                                            std::uint64_t seed) const {
+  const model_config& c = config_;
+  // Projections into the residual stream start smaller the more of them there are.
+  const double scale = 1.0 / std::sqrt(static_cast<double>(c.pattern.size()));
+  const auto mixer = [&](auto layer, auto options) -> std::shared_ptr<any_block<T>> {
+    using Mixer = typename decltype(layer)::type;
+    options.width = c.width;
+    options.out_scale = scale;
+    return std::make_shared<mixer_block<T, Norm, Mixer>>(norm, Mixer(options, seed));
+  };
+  const auto with_mlp = [&](auto use) -> std::shared_ptr<any_block<T>> {
+    const mlp_options o{.bias = false, .seed = seed + 50, .output_scale = scale};
+    if (c.mlp == mlp_kind::gelu) return use(gelu_mlp<T>::make(c.width, c.mlp_width(), o));
+    return use(swiglu_mlp<T>::make(c.width, c.mlp_width(), o));
+  };
+  const auto parallel = [&](auto layer, auto options) -> std::shared_ptr<any_block<T>> {
+    using Mixer = typename decltype(layer)::type;
+    options.width = c.width;
+    options.out_scale = scale;
+    return with_mlp([&](auto mlp) -> std::shared_ptr<any_block<T>> {
+      return std::make_shared<parallel_block<T, Norm, Mixer, decltype(mlp)>>(
+          norm, Mixer(options, seed), mlp);
+    });
+  };
+  switch (letter) {
+    case '*':
+      return mixer(std::type_identity<attention<T>>{}, c.attention);
+    case 'M':
+      return mixer(std::type_identity<mamba2<T>>{}, c.mamba2);
+    case 'm':
+      return mixer(std::type_identity<mamba1<T>>{}, c.mamba1);
+    case 'D':
+      return mixer(std::type_identity<discrete_mamba2<T>>{}, c.discrete_mamba2);
+    case 'R':
+      return mixer(std::type_identity<retention<T>>{}, c.retention);
+    case 'L':
+      return mixer(std::type_identity<linear_attention<T>>{}, c.linear_attention);
+    case 'G':
+      return mixer(std::type_identity<gated_delta_net<T>>{}, c.gated_delta_net);
+    case 'P':
+      return parallel(std::type_identity<attention<T>>{}, c.attention);
+    case 'p':
+      return parallel(std::type_identity<discrete_mamba2<T>>{}, c.discrete_mamba2);
+    default:
+      return with_mlp([&](auto mlp) -> std::shared_ptr<any_block<T>> {
+        return std::make_shared<mlp_block<T, Norm, decltype(mlp)>>(norm, mlp);
+      });
+  }
+}
+
+template <Real T>
+language_model<T>::language_model(const model_config& config, std::uint64_t seed)
+    : config_(config) {
+  check_pattern(config.pattern);
+  if (config.width < 1 || config.vocabulary < 1) {
+    throw value_error("ssm: a model of width " + std::to_string(config.width) + " and vocabulary " +
+                      std::to_string(config.vocabulary) + ": wanted at least 1 of each");
+  }
+  // Seeds of different parts are far apart, so that no two tensors start alike.
+  const auto part = [&](std::size_t i) { return (seed * 4096 + i) * 1024; };
+  embedding_ =
+      embedding<T>::make(config.vocabulary, config.width, part(0), config.embedding_deviation);
+  for (std::size_t i = 0; i < config.pattern.size(); ++i) {
+    if (config.norm == norm_kind::rms) {
+      blocks_.push_back(make_block(config.pattern[i],
+                                   rms_norm<T>::make(config.width, {.eps = config.norm_epsilon}),
+                                   part(i + 1)));
+    } else {
+      blocks_.push_back(make_block(
+          config.pattern[i], layer_norm<T>::make(config.width, config.norm_epsilon), part(i + 1)));
+    }
+  }
+  if (config.norm == norm_kind::rms) {
+    norm_ = rms_norm<T>::make(config.width, {.eps = config.norm_epsilon});
+  } else {
+    norm_ = layer_norm<T>::make(config.width, config.norm_epsilon);
+  }
+  if (config.tie_embeddings) {
+    head_.weight = embedding_.weight;
+  } else {
+    head_ = linear<T>::make(config.width, config.vocabulary, {.seed = part(4095)});
+  }
+  if (config.head_bias) head_.bias = tensor<T, 1>::zeros(config.vocabulary);
+}
+
+}  // namespace ssm
