@@ -1,5 +1,6 @@
 #include "mixers/recurrent_checks.hpp"
 #include <ssmlib/lower/selective.hpp>
+#include <ssmlib/lower/wrappers.hpp>
 
 using namespace ssm;
 using namespace ssm_test;
@@ -19,6 +20,18 @@ struct selective_case {
     const auto b = uniform<T, 4>({batch, length, b_groups, states}, -1, 1, 4);
     const auto u = uniform<T, 4>({batch, length, x_heads, features}, -1, 1, 5);
     return selective(delta, a, c, b) * u;
+  }
+};
+
+/// With + diagonal(D).
+struct skipped_case {
+  selective_case inner;
+  index_t skips;
+
+  template <class T>
+  auto operator()(index_t batch, index_t length) const {
+    auto e = inner.operator()<T>(batch, length);
+    return (std::move(e.mixer) + diagonal(uniform<T, 1>({skips}, -1, 1, 7))) * e.x;
   }
 };
 
@@ -50,6 +63,20 @@ TEST_CASE("mixers/selective: gradients are those of finite differences", "[mixer
     check_vjp(make, 2, length, alg::scan{});
     check_vjp(make, 2, length, alg::recurrent{});
     check_vjp(make, 2, length, alg::quadratic{});
+  }
+}
+
+TEST_CASE("mixers/selective: the skip connection is part of the scan", "[mixers][selective]") {
+  const index_t length = GENERATE(1, 45);
+  for (const skipped_case& make :
+       {skipped_case{plain, 12}, skipped_case{grouped, 24}, skipped_case{wide, 43},
+        skipped_case{shared, 4}, skipped_case{shared, 8}, skipped_case{spread, 2}}) {
+    CAPTURE(make.inner.channels, make.skips);
+    check_forward(make, 2, length, alg::scan{});
+    check_forward(make, 2, length, alg::scan{16});
+    check_forward(make, 2, length, alg::recurrent{});
+    check_vjp(make, 2, length, alg::scan{});
+    check_vjp(make, 2, length, alg::recurrent{});
   }
 }
 

@@ -37,10 +37,7 @@ template <Real T>
 void delta_rule_chunked(const cpu::context& ctx, const delta_rule_mixer<T>& m,
                         const tensor<T, 4>& x, const tensor<T, 4>& y, const carry<T>& c,
                         index_t size) {
-  if (c.snapshots) {
-    throw value_error(
-        "ssm: the delta rule keeps snapshots by alg::recurrent only; use it, or advance()");
-  }
+  refuse_snapshots(c);
   const delta_rule_call<T> call(m, x);
   const result_tokens<T> out(y);
   kernels::delta_rule_chunked<T>(ctx, call.operands(y.extent(2)), size, c.initial.const_view(),

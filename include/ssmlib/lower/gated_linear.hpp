@@ -34,10 +34,7 @@ template <Real T>
 void gated_linear_chunked(const cpu::context& ctx, const gated_linear_mixer<T>& m,
                           const tensor<T, 4>& x, const tensor<T, 4>& y, const carry<T>& c,
                           index_t size) {
-  if (c.snapshots) {
-    throw value_error(
-        "ssm: gated linear attention keeps snapshots by alg::recurrent only; use it, or advance()");
-  }
+  refuse_snapshots(c);
   const gated_linear_call<T> call(m, x);
   const result_tokens<T> out(y);
   kernels::gated_linear_chunked<T>(ctx, call.operands(y.extent(2)), size, c.initial.const_view(),
@@ -64,7 +61,8 @@ void gated_linear_vjp(const cpu::context& ctx, const gated_linear_mixer<T>& m,
 
 }  // namespace detail
 
-/// Chunks of `size` tokens (0: 16), the state between them. @cost 4 T H N P flops.
+/// Chunks of `size` tokens (0: 16, or 32 for wide keys), the state between them. @cost 4 T H N P
+/// flops.
 template <Real T>
 void apply_mixer(const cpu::context& ctx, alg::chunked chunks, const gated_linear_mixer<T>& m,
                  const tensor<T, 4>& x, const tensor<T, 4>& y, const carry<T>& c) {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <ssmlib/expr/concepts.hpp>
+#include <ssmlib/expr/mix.hpp>
 #include <ssmlib/lower/tokens.hpp>
 
 namespace ssm::detail {
@@ -57,5 +57,14 @@ class result_tokens {
   tensor<T, 4> target_, whole_;
   tensor<T, 3> rows_;
 };
+
+/// For algorithms that do not see every state.
+template <Real T>
+void refuse_snapshots(const carry<T>& c) {
+  if (c.snapshots) {
+    throw value_error(
+        "ssm: only alg::recurrent keeps snapshots of the state; use it, or advance()");
+  }
+}
 
 }  // namespace ssm::detail

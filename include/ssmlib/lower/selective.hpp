@@ -3,7 +3,7 @@
 #include <ssmlib/expr/selective.hpp>
 #include <ssmlib/kernels/cpu/selective_quadratic.hpp>
 #include <ssmlib/lower/evaluate.hpp>
-#include <ssmlib/lower/tokens.hpp>
+#include <ssmlib/lower/head_gradients.hpp>
 
 namespace ssm {
 
@@ -96,28 +96,32 @@ template <Real T>
 /// The operands of one call, kept alive while kernels read them.
 template <Real T>
 struct selective_call {
-  selective_call(const selective_mixer<T>& m, index_t heads)
+  selective_call(const selective_mixer<T>& m, index_t heads, const tensor<T, 1>& d = {})
       : layout(layout_of(m)),
         delta(feature_plane(with_unit_feature(m.delta), heads, index_t{0})),
         a(repeat_rows(m.a, heads)),
         c(input_tokens(m.c)),
-        b(input_tokens(m.b)) {}
+        b(input_tokens(m.b)) {
+    if (d)
+      skip = repeat_rows(d.reshape(d.extent(0), index_t{1}), heads).reshape(heads).contiguous();
+  }
 
   [[nodiscard]] kernels::selective_operands<T> with(const tensor<T, 2>& u) const {
-    return {delta.const_view(), a.const_view(),   c.const_view(),    b.const_view(),
-            u.const_view(),     layout.offsets(), layout.sequences()};
+    return {delta.const_view(), a.const_view(),   c.const_view(),     b.const_view(),
+            u.const_view(),     layout.offsets(), layout.sequences(), skip.const_view()};
   }
 
   sequence_layout layout;
   tensor<T, 2> delta, a;
   tensor<T, 3> c, b;
+  tensor<T, 1> skip;
 };
 
 /// f(operands, plane of y, initial, final, ring) for every feature of x: a feature is a scan.
 template <Real T, class F>
 void for_each_selective(const selective_mixer<T>& m, const tensor<T, 4>& x, const tensor<T, 4>& y,
-                        const carry<T>& c, F f) {
-  const selective_call<T> call(m, y.extent(2));
+                        const carry<T>& c, const tensor<T, 1>& d, F f) {
+  const selective_call<T> call(m, y.extent(2), d);
   for (index_t p = 0; p < y.extent(3); ++p) {
     const tensor<T, 2> u = feature_plane(x, y.extent(2), p);
     const feature_plane_target<T> out(y, y.extent(2), p);
@@ -129,8 +133,9 @@ void for_each_selective(const selective_mixer<T>& m, const tensor<T, 4>& x, cons
 
 template <Real T>
 void run_selective_scan(const cpu::context& ctx, const selective_mixer<T>& m, const tensor<T, 4>& x,
-                        const tensor<T, 4>& y, const carry<T>& c, index_t block) {
-  for_each_selective(m, x, y, c,
+                        const tensor<T, 4>& y, const carry<T>& c, index_t block,
+                        const tensor<T, 1>& d = {}) {
+  for_each_selective(m, x, y, c, d,
                      [&](const auto& operands, auto out, auto initial, auto final, auto ring) {
                        kernels::selective_scan<T>(ctx, operands, block, initial, final, ring, out);
                      });
@@ -140,9 +145,11 @@ void run_selective_scan(const cpu::context& ctx, const selective_mixer<T>& m, co
 template <Real T, class F>
 void for_each_selective_vjp(const selective_mixer<T>& m, const tensor<T, 4>& x,
                             const tensor<T, 4>& dy, selective_mixer<T>& dm, const tensor<T, 4>& dx,
-                            const carry_gradient<T>& c, F f) {
+                            const carry_gradient<T>& c, const tensor<T, 1>& d,
+                            const tensor<T, 1>& dd, F f) {
   const index_t heads = dy.extent(2);
-  const selective_call<T> call(m, heads);
+  const selective_call<T> call(m, heads, d);
+  const tensor<T, 1> d_skip = dd ? tensor<T, 1>::zeros(heads) : tensor<T, 1>{};
   const feature_plane_target<T> d_delta(with_unit_feature(dm.delta), heads, index_t{0});
   const bool own_rows = !dm.a || dm.a.extent(0) == heads;
   const tensor<T, 2> d_a = own_rows ? dm.a : tensor<T, 2>::zeros(heads, dm.a.extent(1));
@@ -153,9 +160,11 @@ void for_each_selective_vjp(const selective_mixer<T>& m, const tensor<T, 4>& x,
     f(call.with(u), state_plane(c.initial, p), out.const_view(), state_plane(c.d_final, p),
       kernels::selective_gradients<T>{d_delta.get().view(), d_a.view(), d_c.get().view(),
                                       d_b.get().view(), d_u.get().view(),
-                                      state_plane(c.d_initial, p)});
+                                      state_plane(c.d_initial, p), d_skip.view()});
     d_u.add();
   }
+  for (index_t h = 0; dd && h < heads; ++h)
+    dd(group_of(h, heads, dd.extent(0))) += d_skip(h);
   d_delta.add();
   d_c.finish();
   d_b.finish();
@@ -168,9 +177,10 @@ void for_each_selective_vjp(const selective_mixer<T>& m, const tensor<T, 4>& x,
 template <Real T>
 void run_selective_vjp(const cpu::context& ctx, const selective_mixer<T>& m, const tensor<T, 4>& x,
                        const tensor<T, 4>& dy, selective_mixer<T>& dm, const tensor<T, 4>& dx,
-                       const carry_gradient<T>& c) {
+                       const carry_gradient<T>& c, const tensor<T, 1>& d = {},
+                       const tensor<T, 1>& dd = {}) {
   for_each_selective_vjp(
-      m, x, dy, dm, dx, c,
+      m, x, dy, dm, dx, c, d, dd,
       [&](const auto& operands, auto initial, auto out, auto d_final, const auto& gradients) {
         kernels::selective_scan_vjp<T>(ctx, operands, initial, out, d_final, gradients);
       });
@@ -182,9 +192,7 @@ void run_selective_vjp(const cpu::context& ctx, const selective_mixer<T>& m, con
 template <Real T>
 void apply_mixer(const cpu::context& ctx, alg::scan s, const selective_mixer<T>& m,
                  const tensor<T, 4>& x, const tensor<T, 4>& y, const carry<T>& c) {
-  if (c.snapshots) {
-    throw value_error("ssm: alg::scan keeps no snapshots; use alg::recurrent, or advance()");
-  }
+  detail::refuse_snapshots(c);
   detail::run_selective_scan(ctx, m, x, y, c, s.size);
 }
 /// Token by token: the same bits however a sequence is split.
@@ -197,11 +205,9 @@ void apply_mixer(const cpu::context& ctx, alg::recurrent, const selective_mixer<
 template <Real T>
 void apply_mixer(const cpu::context& ctx, alg::quadratic, const selective_mixer<T>& m,
                  const tensor<T, 4>& x, const tensor<T, 4>& y, const carry<T>& c) {
-  if (c.snapshots) {
-    throw value_error("ssm: alg::quadratic keeps no snapshots; use alg::recurrent, or advance()");
-  }
+  detail::refuse_snapshots(c);
   detail::for_each_selective(
-      m, x, y, c, [&](const auto& operands, auto out, auto initial, auto final, const auto&) {
+      m, x, y, c, {}, [&](const auto& operands, auto out, auto initial, auto final, const auto&) {
         kernels::selective_quadratic<T>(ctx, operands, initial, final, out);
       });
 }
@@ -223,10 +229,33 @@ void apply_mixer_vjp(const cpu::context&, alg::quadratic, const selective_mixer<
                      const tensor<T, 4>& x, const tensor<T, 4>& dy, selective_mixer<T>& dm,
                      const tensor<T, 4>& dx, const carry_gradient<T>& c) {
   detail::for_each_selective_vjp(
-      m, x, dy, dm, dx, c,
+      m, x, dy, dm, dx, c, {}, {},
       [&](const auto& operands, auto initial, auto out, auto d_final, const auto& gradients) {
         kernels::selective_quadratic_vjp<T>(operands, initial, out, d_final, gradients);
       });
+}
+
+/// selective(...) + diagonal(d): the scans add the skip connection on the way.
+template <Real T, class Alg>
+requires std::same_as<Alg, alg::scan> || std::same_as<Alg, alg::recurrent>
+void apply_mixer_plus_diagonal(const cpu::context& ctx, Alg algorithm, const selective_mixer<T>& m,
+                               const tensor<T, 1>& d, const tensor<T, 4>& x, const tensor<T, 4>& y,
+                               const carry<T>& c) {
+  index_t block = kernels::whole_sequences;
+  if constexpr (std::same_as<Alg, alg::scan>) {
+    detail::refuse_snapshots(c);
+    block = algorithm.size;
+  }
+  detail::run_selective_scan(ctx, m, x, y, c, block, d);
+}
+template <Real T, class Alg>
+requires std::same_as<Alg, alg::scan> || std::same_as<Alg, alg::recurrent>
+void apply_mixer_plus_diagonal_vjp(const cpu::context& ctx, Alg, const selective_mixer<T>& m,
+                                   const tensor<T, 1>& d, const tensor<T, 4>& x,
+                                   const tensor<T, 4>& dy, selective_mixer<T>& dm,
+                                   const tensor<T, 1>& dd, const tensor<T, 4>& dx,
+                                   const carry_gradient<T>& c) {
+  detail::run_selective_vjp(ctx, m, x, dy, dm, dx, c, d, dd);
 }
 
 }  // namespace ssm

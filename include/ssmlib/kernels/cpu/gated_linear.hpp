@@ -146,18 +146,21 @@ struct gated_chunk {
     load_padded(k_rows, k, step);
     load_padded(gate_rows, gate, step);
     simd::map(n * step, gate, gate, [](P x) { return simd::exp(x); });
-    for (index_t i = 0; i < step; i += P::width) {
-      P product(T(1));
-      for (index_t t = 0; t < n; ++t) {
-        product *= P::load(gate + t * step + i);
-        product.store(pre + t * step + i);
-        (product * P::load(q + t * step + i)).store(q_in + t * step + i);
+    for (index_t t = 0; t < n; ++t) {
+      const index_t row = t * step;
+      for (index_t i = row; i < row + step; i += P::width) {
+        const P product = t == 0 ? P::load(gate + i) : P::load(pre + i - step) * P::load(gate + i);
+        product.store(pre + i);
+        (product * P::load(q + i)).store(q_in + i);
       }
-      product = P(T(1));
-      for (index_t s = n; s-- > 0;) {
-        product.store(suf + s * step + i);
-        (product * P::load(k + s * step + i)).store(k_out + s * step + i);
-        product *= P::load(gate + s * step + i);
+    }
+    for (index_t s = n; s-- > 0;) {
+      const index_t row = s * step;
+      for (index_t i = row; i < row + step; i += P::width) {
+        P product(T(1));
+        if (s + 1 < n) product = P::load(suf + i + step) * P::load(gate + i + step);
+        product.store(suf + i);
+        (product * P::load(k + i)).store(k_out + i);
       }
     }
   }
@@ -250,9 +253,16 @@ void state_ring<T>::keep(const T* state, index_t sequence, index_t sequences, in
   detail::store_state(state, rows, row, head);
 }
 
+/// Tokens a chunk where the caller does not say: with wide keys the products with the state gain
+/// more from longer chunks than the scores lose.
+[[nodiscard]] inline index_t gated_linear_chunk(index_t size, index_t keys) {
+  if (size > 0) return size;
+  return keys <= 64 ? 16 : 32;
+}
+
 /// Gated linear attention by chunks: y and the final state.
 ///
-/// @param size     tokens a chunk; 0: 16
+/// @param size     tokens a chunk; 0: gated_linear_chunk's choice
 /// @param initial  (sequences, H, N, P) or absent: zero
 /// @param final    (sequences, H, N, P) or absent; may be `initial`
 /// @param y        (tokens, H, P), unit inner stride; overwritten
@@ -261,8 +271,8 @@ template <Real T>
 void gated_linear_chunked(const cpu::context& ctx, const gated_linear_operands<T>& o, index_t size,
                           view<const T, 4> initial, view<T, 4> final, view<T, 3> y) {
   ctx.parallel_for(o.sequences * o.heads, [&](index_t task) {
-    detail::gated_chunks<T>(o, task / o.heads, task % o.heads, size == 0 ? 16 : size, initial,
-                            final, y);
+    detail::gated_chunks<T>(o, task / o.heads, task % o.heads, gated_linear_chunk(size, o.keys()),
+                            initial, final, y);
   });
 }
 

@@ -202,7 +202,7 @@ class gated_backward {
 
 /// Adds the gradient of sum(dy y) + sum(d_final final) of gated linear attention.
 ///
-/// @param size     tokens a chunk; 0: 16
+/// @param size     tokens a chunk; 0: gated_linear_chunk's choice
 /// @param initial  (sequences, H, N, P) or absent: what the forward pass began with
 /// @param d_final  (sequences, H, N, P) or absent
 /// @cost  12 T H N P flops; memory a state for every 16 chunks, of as many heads as threads.
@@ -211,8 +211,8 @@ void gated_linear_vjp(const cpu::context& ctx, const gated_linear_operands<T>& o
                       view<const T, 4> initial, view<const T, 3> dy, view<const T, 4> d_final,
                       const gated_linear_gradients<T>& gradients) {
   ctx.parallel_for(o.sequences * o.heads, [&](index_t task) {
-    detail::gated_backward<T>(o, task / o.heads, task % o.heads, size == 0 ? 16 : size, dy,
-                              gradients)
+    detail::gated_backward<T>(o, task / o.heads, task % o.heads, gated_linear_chunk(size, o.keys()),
+                              dy, gradients)
         .run(initial, d_final);
   });
 }

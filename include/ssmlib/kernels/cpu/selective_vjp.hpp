@@ -10,6 +10,7 @@
 ///     d delta_t = sum_n g_t (B_t u_t + a w_t),   w_t = exp(delta_t a) h_{t-1}
 ///     d u_t = delta_t sum_n g_t B_t,   d a = sum_t delta_t g_t w_t
 ///     d B_t = sum_channels g_t delta_t u_t,   d C_t = sum_channels dy_t h_t
+///     d skip = sum_t dy_t u_t
 ///
 /// where w_t is kept as it was computed: as h_t - delta_t B_t u_t it would lose its bits.
 
@@ -24,6 +25,7 @@ struct selective_gradients {
   view<T, 3> b;        ///< (tokens, Gb, N)
   view<T, 2> u;        ///< (tokens, D), unit inner stride
   view<T, 3> initial;  ///< (sequences, D, N)
+  view<T, 1> skip{};   ///< (D)
 };
 
 namespace detail {
@@ -42,13 +44,14 @@ class selective_backward {
         tokens_(o.offsets[o.sequences] - o.offsets[0]),
         parts_(std::min<index_t>(o.sequences, 8)),
         d_a_(parts_ * tiling_.count() * tile_size()),
+        d_skip_(parts_ * tiling_.count() * tile_channels),
         d_b_(to.b ? tiling_.count() * tokens_ * o.states() : 0),
         d_c_(to.c ? tiling_.count() * tokens_ * o.states() : 0) {}
 
   void run(const cpu::context& ctx) {
     const index_t tiles = tiling_.count();
     ctx.parallel_for(parts_ * tiles, [&](index_t i) { one_part(i / tiles, i % tiles); });
-    if (to_.a) ctx.parallel_for(tiles, [&](index_t i) { add_decay(i); });
+    ctx.parallel_for(tiles, [&](index_t i) { add_parameters(i); });
     ctx.parallel_ranges(tokens_, 16, 1, [&](index_t begin, index_t end) {
       add_tiles(to_.b, d_b_.data(), begin, end, [](const channel_tile& t) { return t.b_group; });
       add_tiles(to_.c, d_c_.data(), begin, end, [](const channel_tile& t) { return t.c_group; });
@@ -58,6 +61,8 @@ class selective_backward {
  private:
   static constexpr index_t width = simd::pack<T>::width;
   static constexpr index_t block = 32;  ///< tokens between kept states
+
+  static constexpr index_t tile_channels = channel_tiling<T>::packs * width;
 
   using P = simd::pack<T>;
 
@@ -74,6 +79,7 @@ class selective_backward {
           d_c(block * states * width) {}
     scratch<T> a, h, g, starts, decays, before, d_b, d_c;
     T* d_a = nullptr;
+    T* d_skip = nullptr;
   };
 
   [[nodiscard]] index_t tile_size() const { return channel_tiling<T>::packs * width * o_.states(); }
@@ -89,6 +95,8 @@ class selective_backward {
     workspace w(tile_size(), o_.states(), longest);
     w.d_a = d_a_.data() + (part * tiling_.count() + tile_index) * tile_size();
     std::fill_n(w.d_a, tile_size(), T(0));
+    w.d_skip = d_skip_.data() + (part * tiling_.count() + tile_index) * tile_channels;
+    std::fill_n(w.d_skip, tile_channels, T(0));
     load_states(o_.a.data + tile.begin * o_.a.strides[0], o_.a.strides[0], o_.a.strides[1],
                 tile.end - tile.begin, o_.states(), decay_scale<T>, w.a.data());
     for (index_t i = begin; i < end; ++i)
@@ -202,6 +210,7 @@ class selective_backward {
       const T* c = weights(o_.c, t, tile.c_group);
       const index_t row = (t - t0) * states * width;
       P through_b(T(0)), through_a(T(0));
+      simd::fma(dy, u, P::load(w.d_skip + d)).store(w.d_skip + d);
       for (index_t n = 0; n < states; ++n) {
         const index_t i = n * width;
         const P factor = P::load(w.decays.data() + row + i);
@@ -219,7 +228,11 @@ class selective_backward {
       }
       if (to_.u) {
         T* to = &to_.u(t, channel);
-        store_lanes<Full>(simd::fma(delta, through_b, load_lanes<Full>(to, lanes)), to, lanes);
+        P sum = simd::fma(delta, through_b, load_lanes<Full>(to, lanes));
+        if (o_.skip) {
+          sum = simd::fma(load_lanes<Full>(o_.skip.data + channel, lanes), dy, sum);
+        }
+        store_lanes<Full>(sum, to, lanes);
       }
       if (to_.delta) {
         T* to = &to_.delta(t, channel);
@@ -253,14 +266,22 @@ class selective_backward {
     }
   }
 
-  void add_decay(index_t tile_index) const {
+  // d a and d skip of a tile: its parts in order.
+  void add_parameters(index_t tile_index) const {
     const channel_tile tile = tiling_[tile_index];
-    const view<T, 3> to{to_.a.data,
-                        {1, to_.a.extents[0], to_.a.extents[1]},
-                        {0, to_.a.strides[0], to_.a.strides[1]}};
+    const index_t channels = tile.end - tile.begin;
     for (index_t part = 0; part < parts_; ++part) {
-      store_states(d_a_.data() + (part * tiling_.count() + tile_index) * tile_size(),
-                   tile.end - tile.begin, to, 0, tile.begin, [](T& sum, T x) { sum += x; });
+      const index_t at = part * tiling_.count() + tile_index;
+      if (to_.a) {
+        const view<T, 3> to{to_.a.data,
+                            {1, to_.a.extents[0], to_.a.extents[1]},
+                            {0, to_.a.strides[0], to_.a.strides[1]}};
+        store_states(d_a_.data() + at * tile_size(), channels, to, 0, tile.begin,
+                     [](T& sum, T x) { sum += x; });
+      }
+      for (index_t d = 0; to_.skip && d < channels; ++d) {
+        to_.skip(tile.begin + d) += d_skip_[at * tile_channels + d];
+      }
     }
   }
 
@@ -270,7 +291,7 @@ class selective_backward {
   selective_gradients<T> to_;
   channel_tiling<T> tiling_;
   index_t tokens_, parts_;
-  scratch<T> d_a_, d_b_, d_c_;
+  scratch<T> d_a_, d_skip_, d_b_, d_c_;
 };
 
 }  // namespace detail
