@@ -119,10 +119,13 @@ void conv1d(const cpu::context& ctx, const conv1d_problem<T>& p, view<T, 2> y) {
 }
 
 /// The backward pass of the channels [c0, c0 + n). All tokens belong to one task, so that the sums
-/// over tokens have one order.
+/// over tokens have one order. A tile of tokens is copied to dense rows first: rows of the tensors
+/// are often a multiple of 4 KiB apart, where they compete for the same cache lines.
 template <int Width, Real T>
 class conv1d_backward {
  public:
+  static constexpr index_t tile = 32;
+
   conv1d_backward(const conv1d_problem<T>& p, view<const T, 2> dy, const conv1d_gradients<T>& d,
                   index_t c0, index_t n)
       : p_(p),
@@ -130,67 +133,124 @@ class conv1d_backward {
         d_(d),
         c0_(c0),
         n_(n),
-        rows_(p.width),
-        d_rows_(p.width),
-        sums_((p.width + 1) * n),
-        unwanted_(n) {
-    std::fill_n(sums_.data(), (p.width + 1) * n, T(0));
-    std::fill_n(unwanted_.data(), n, T(0));
+        width_(Width ? Width : p.width),
+        inputs_((tile + width_ - 1) * n),
+        d_pre_((tile + width_ - 1) * n),
+        sums_((width_ + 1) * n) {
+    std::fill_n(sums_.data(), (width_ + 1) * n, T(0));
   }
 
   void run() {
-    constexpr index_t block = 256;  // tokens a running sum takes before it joins the gradient
-    const index_t tokens = dy_.extent(0);
-    for (index_t begin = 0; begin < tokens; begin += block) {
-      for_tokens(p_.offsets, p_.sequences, begin, std::min(tokens, begin + block),
-                 [&](index_t i, index_t t) { token(i, t); });
-      flush();
+    for (index_t i = 0; i < p_.sequences; ++i) {
+      const index_t begin = p_.offsets[i], end = p_.offsets[i + 1];
+      if (begin == end) continue;
+      // From the last tile to the first: dx needs the d_pre of later tokens, which are zero at the
+      // end of the sequence and then those of the tile before.
+      index_t t0 = begin + (end - 1 - begin) / tile * tile;
+      std::fill_n(d_pre_.data() + (end - t0) * n_, (width_ - 1) * n_, T(0));
+      for (; t0 >= begin; t0 -= tile) {
+        const index_t count = std::min(tile, end - t0);
+        load(i, t0, count);
+        if (p_.activation == conv1d_activation::silu) through_silu(count);
+        add_to_sums(count);
+        store(i, t0, count);
+        std::copy_backward(d_pre_.data(), d_pre_.data() + (width_ - 1) * n_,
+                           d_pre_.data() + (tile + width_ - 1) * n_);
+      }
     }
+    finish();
   }
 
  private:
-  void token(index_t i, index_t t) {
-    conv1d_inputs(p_, i, t, rows_.data());
-    for (index_t j = 0; j < p_.width; ++j) {
-      const index_t back = p_.width - 1 - j, before = back - (t - p_.offsets[i]);
-      T* row = nullptr;
-      if (before <= 0 && d_.x) row = d_.x.data + (t - back) * d_.x.stride(0);
-      if (before > 0 && d_.history.data) row = d_.history.row(i, before);
-      d_rows_[j] = row ? row + c0_ : unwanted_.data();
+  void load(index_t i, index_t t0, index_t count) {
+    for (index_t r = 0; r < count + width_ - 1; ++r) {
+      const index_t t = t0 - (width_ - 1) + r, before = p_.offsets[i] - t;
+      const T* from = p_.zeros;
+      if (before <= 0) {
+        from = p_.x.data + t * p_.x.stride(0);
+      } else if (p_.history.data) {
+        from = p_.history.row(i, before);
+      }
+      std::copy_n(from + c0_, n_, inputs_.data() + r * n_);
     }
-    const T* cotangent = dy_.data + t * dy_.stride(0) + c0_;
-    if (p_.activation == conv1d_activation::silu) {
-      channels<true>(cotangent);
-    } else {
-      channels<false>(cotangent);
+    for (index_t r = 0; r < count; ++r) {
+      std::copy_n(dy_.data + (t0 + r) * dy_.stride(0) + c0_, n_, d_pre_.data() + r * n_);
     }
   }
 
-  template <bool Silu>
-  void channels(const T* cotangent) {
-    const index_t width = Width ? Width : p_.width, all = p_.x.extent(1);
-    for_packs<T>(n_, [&](index_t c, index_t count) SSMLIB_LAMBDA_INLINE {
-      simd::pack<T> d = load_up_to(cotangent + c, count);
-      if constexpr (Silu) {
-        d *= silu_and_slope(conv1d_sum<Width>(p_, rows_.data(), c0_ + c, count)).slope;
-      }
-      for (index_t j = 0; j < width; ++j) {
-        const auto tap = load_up_to(p_.taps + j * all + c0_ + c, count);
-        add_up_to(d_rows_[j] + c, count, d * tap);
-        add_up_to(sums_.data() + j * n_ + c, count, d * load_up_to(rows_[j] + c0_ + c, count));
-      }
-      add_up_to(sums_.data() + width * n_ + c, count, d);
-    });
+  /// d_pre = dy silu'(pre), with pre summed in the order of the forward pass.
+  void through_silu(index_t count) {
+    const index_t all = p_.x.extent(1), n = n_, width = width_;
+    const T *x = inputs_.data(), *taps = p_.taps + c0_, *bias = p_.bias + c0_;
+    T* d = d_pre_.data();
+    for (index_t r = 0; r < count; ++r) {
+      for_packs<T>(n, [=](index_t c, index_t lanes) SSMLIB_LAMBDA_INLINE {
+        simd::pack<T> pre = load_up_to(bias + c, lanes);
+        for (index_t j = 0; j < (Width ? Width : width); ++j) {
+          pre = simd::fma(load_up_to(taps + j * all + c, lanes),
+                          load_up_to(x + (r + j) * n + c, lanes), pre);
+        }
+        const auto slope = silu_and_slope(pre).slope;
+        store_up_to(d + r * n + c, lanes, load_up_to(d + r * n + c, lanes) * slope);
+      });
+    }
   }
 
-  /// Moves the running sums to the gradients of the taps and the bias.
-  void flush() {
-    for (index_t j = 0; j <= p_.width; ++j) {
-      T* sum = sums_.data() + j * n_;
+  /// The gradients of the taps and of the bias, a running sum for each so that they overlap.
+  void add_to_sums(index_t count) {
+    constexpr int known = Width ? Width : 1;
+    for (index_t j = 0; j < width_; j += known) {
+      const bool with_bias = j + known == width_;
+      const index_t n = n_, width = width_;
+      const T *x = inputs_.data() + j * n_, *d = d_pre_.data();
+      T* sums = sums_.data();
+      for_packs<T>(n, [=](index_t c, index_t lanes) SSMLIB_LAMBDA_INLINE {
+        simd::pack<T> taps[known], bias(T(0));
+        for (auto& sum : taps)
+          sum = simd::pack<T>(T(0));
+        for (index_t r = 0; r < count; ++r) {
+          const auto g = load_up_to(d + r * n + c, lanes);
+          simd::unroll<known>([&](auto k) SSMLIB_LAMBDA_INLINE {
+            taps[k] = simd::fma(g, load_up_to(x + (r + k) * n + c, lanes), taps[k]);
+          });
+          bias += g;
+        }
+        for (int k = 0; k < known; ++k)
+          add_up_to(sums + (j + k) * n + c, lanes, taps[k]);
+        if (with_bias) add_up_to(sums + width * n + c, lanes, bias);
+      });
+    }
+  }
+
+  /// dx[t] += sum over j of tap[j] d_pre[t + (width - 1) - j]; before the sequence, its history.
+  void store(index_t i, index_t t0, index_t count) {
+    const index_t first = t0 == p_.offsets[i] ? 1 - width_ : 0;
+    for (index_t r = first; r < count; ++r) {
+      T* out = nullptr;
+      if (r >= 0 && d_.x) out = d_.x.data + (t0 + r) * d_.x.stride(0) + c0_;
+      if (r < 0 && d_.history.data) out = d_.history.row(i, -r) + c0_;
+      if (out == nullptr) continue;
+      const index_t all = p_.x.extent(1), n = n_, width = width_;
+      const T *taps = p_.taps + c0_, *d = d_pre_.data();
+      for_packs<T>(n, [=](index_t c, index_t lanes) SSMLIB_LAMBDA_INLINE {
+        simd::pack<T> sum(T(0));
+        for (index_t j = 0; j < (Width ? Width : width); ++j) {
+          const index_t from = r + width - 1 - j;
+          if (from < 0) break;
+          sum = simd::fma(load_up_to(taps + j * all + c, lanes),
+                          load_up_to(d + from * n + c, lanes), sum);
+        }
+        add_up_to(out + c, lanes, sum);
+      });
+    }
+  }
+
+  void finish() {
+    for (index_t j = 0; j <= width_; ++j) {
+      const T* sum = sums_.data() + j * n_;
       for (index_t c = 0; c < n_; ++c) {
-        if (j == p_.width && d_.bias) d_.bias[c0_ + c] += sum[c];
-        if (j < p_.width && d_.weight) d_.weight(c0_ + c, j) += sum[c];
-        sum[c] = T(0);
+        if (j == width_ && d_.bias) d_.bias[c0_ + c] += sum[c];
+        if (j < width_ && d_.weight) d_.weight(c0_ + c, j) += sum[c];
       }
     }
   }
@@ -198,11 +258,10 @@ class conv1d_backward {
   const conv1d_problem<T>& p_;
   view<const T, 2> dy_;
   const conv1d_gradients<T>& d_;
-  index_t c0_, n_;
-  scratch<const T*> rows_;
-  scratch<T*> d_rows_;
-  scratch<T> sums_;      // (width + 1, n): taps and bias
-  scratch<T> unwanted_;  // where gradients that nobody wants go
+  index_t c0_, n_, width_;
+  scratch<T> inputs_;  // (tile + width - 1, n): row r is the input at t0 - (width - 1) + r
+  scratch<T> d_pre_;   // (tile + width - 1, n): row r belongs to token t0 + r
+  scratch<T> sums_;    // (width + 1, n): gradients of the taps and of the bias
 };
 
 /// f.operator()<Width>() with the usual widths as constants and 0 for the others.
@@ -233,7 +292,7 @@ void causal_conv1d(const cpu::context& ctx, const conv1d_problem<T>& p, view<T, 
 template <Real T>
 void causal_conv1d_vjp(const cpu::context& ctx, const conv1d_problem<T>& p, view<const T, 2> dy,
                        const conv1d_gradients<T>& d) {
-  constexpr index_t step = 256 / static_cast<index_t>(sizeof(T));  // 4 cache lines
+  constexpr index_t step = 512 / static_cast<index_t>(sizeof(T));  // 8 cache lines
   const index_t channels = dy.extent(1);
   ctx.parallel_ranges(channels, channels / step + 1, step, [&](index_t begin, index_t end) {
     detail::with_conv1d_width(p.width, [&]<int Width>() {

@@ -63,24 +63,19 @@ void for_each_piece(const cpu::context& ctx, index_t rows, index_t pieces, F f) 
 /// out[j] += the sum of rows[0, j], rows[1, j], ..., in an order fixed by the number of rows.
 template <Real T>
 void add_column_sums(const cpu::context& ctx, view<const T, 2> rows, T* out) {
-  using P = simd::pack<T>;
-  constexpr index_t block = 256;  // rows a running sum takes before it joins the total
-  const index_t n = rows.extent(0), step = rows.stride(0);
-  ctx.parallel_ranges(rows.extent(1), row_pieces(rows.extent(1), n), 64 / sizeof(T),
+  constexpr index_t block = 64;  // rows a running sum takes before it joins the total
+  const index_t n = rows.extent(0);
+  ctx.parallel_ranges(rows.extent(1), row_pieces(rows.extent(1), n), 64,
                       [&](index_t begin, index_t end) {
-                        detail::for_packs<T>(
-                            end - begin, [&](index_t i, index_t count) SSMLIB_LAMBDA_INLINE {
-                              const T* column = rows.data + begin + i;
-                              P total(T(0));
-                              for (index_t r0 = 0; r0 < n; r0 += block) {
-                                P sum(T(0));
-                                for (index_t r = r0; r < std::min(n, r0 + block); ++r) {
-                                  sum += detail::load_up_to(column + r * step, count);
-                                }
-                                total += sum;
-                              }
-                              detail::add_up_to(out + begin + i, count, total);
-                            });
+                        const index_t width = end - begin;
+                        const scratch<T> sum(width);
+                        for (index_t r0 = 0; r0 < n; r0 += block) {
+                          std::fill_n(sum.data(), width, T(0));
+                          for (index_t r = r0; r < std::min(n, r0 + block); ++r) {
+                            axpy(width, T(1), rows.data + r * rows.stride(0) + begin, sum.data());
+                          }
+                          axpy(width, T(1), sum.data(), out + begin);
+                        }
                       });
 }
 
