@@ -71,7 +71,11 @@ struct gemm_pass {
 
   /// Columns [j_begin, j_end), multiples of the tile, to `to` + depth * (j - j_begin).
   void pack_right(index_t j_begin, index_t j_end, T* to) const {
-    for (index_t j = j_begin; j < j_end; j += tile::cols) {
+    index_t j = j_begin;
+    for (; b.strides[1] == 1 && j + 4 * tile::cols <= j_end; j += 4 * tile::cols) {
+      pack_right_strips(b_at(j), b.strides[0], depth(), to + (j - j_begin) * depth());
+    }
+    for (; j < j_end; j += tile::cols) {
       pack_right_strip(b_at(j), b.strides[0], b.strides[1], depth(),
                        std::min<index_t>(tile::cols, j_end - j), to + (j - j_begin) * depth());
     }
@@ -204,12 +208,25 @@ void run_gemm(const cpu::context* ctx, gemm_part part, T alpha, view<const T, 2>
   if (part == gemm_part::all && c.strides[1] != 1 && c.strides[0] == 1) {
     return run_gemm(ctx, part, alpha, transposed(b), transposed(a), beta, transposed(c));
   }
-  constexpr index_t right_block = 3072 / tile::cols * tile::cols;
+  // With few rows, packed columns are used at once, while the second-level cache holds them.
+  const bool few_rows = m <= gemm_pass<T>::left_block;
+  const index_t right_block = (few_rows ? 256 : 3072) / tile::cols * tile::cols;
   constexpr index_t small = 16384 / static_cast<index_t>(sizeof(T));
   gemm_pass<T> pass{a, b, c, alpha, beta, part, 0, 0, false, false};
   pass.pack_a = n > 8 * tile::cols && m * k > small;
   pass.pack_b = b.strides[1] != 1 || m > 4 * tile::rows;
   const bool parallel = ctx != nullptr && ctx->threads() > 1 && m * n * k > 64 * 64 * 64;
+  if (parallel && few_rows && part == gemm_part::all && n >= 8 * tile::cols) {
+    ctx->parallel_ranges(n, 4 * ctx->threads(), tile::cols, [&](index_t p, index_t q) {
+      auto b_part = b;
+      auto c_part = c;
+      b_part.data += p * b.strides[1];
+      c_part.data += p * c.strides[1];
+      b_part.extents[1] = c_part.extents[1] = q - p;
+      run_gemm<T>(nullptr, part, alpha, a, b_part, beta, c_part);
+    });
+    return;
+  }
   workspace<T, 128 * 64> right_space;
   for (pass.k_begin = 0; pass.k_begin < k; pass.k_begin = pass.k_end) {
     pass.k_end = std::min(k, pass.k_begin + tile::depth);

@@ -214,6 +214,25 @@ void pack_right_strip(const T* b, index_t k_step, index_t col_step, index_t k, i
   }
 }
 
+/// Four whole strips of a right operand with unit column stride at once: whole cache lines in
+/// sequence, and a page is entered once for all four.
+template <Real T>
+void pack_right_strips(const T* b, index_t k_step, index_t k, T* SSMLIB_RESTRICT to) {
+  using P = simd::pack<T>;
+  constexpr index_t tile = gemm_tile<T>::cols, w = P::width;
+  constexpr index_t line = 64 / static_cast<index_t>(sizeof(T));
+  for (index_t p = 0; p < k; ++p) {
+    const T* row = b + p * k_step;
+    for (index_t j = 0; j < 4 * tile; j += line)
+      __builtin_prefetch(row + 8 * k_step + j);
+    simd::unroll<4>([&](auto s) SSMLIB_LAMBDA_INLINE {
+      T* strip = to + (s * k + p) * tile;
+      P::load(row + s * tile).store(strip);
+      P::load(row + s * tile + w).store(strip + w);
+    });
+  }
+}
+
 /// to[k * tile_rows + i] = a[i * row_step + k * k_step] for i < rows; the rest of `to`, which has
 /// a register of room to spare, is left as it is or overwritten.
 template <Real T>
