@@ -4,7 +4,9 @@
 
 #include <atomic>
 #include <cerrno>
+#include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fcntl.h>
 #include <filesystem>
@@ -43,6 +45,9 @@ class descriptor {
   const std::string reason = std::strerror(errno);
   throw io_error("ssm: " + std::string(operation) + " '" + path.string() + "': " + reason);
 }
+
+/// Between a destination's name and the id of the process that writes it.
+inline constexpr char part_suffix[] = ".part.";
 
 }  // namespace detail
 
@@ -101,7 +106,7 @@ class atomic_file {
   static std::filesystem::path unused_name(const std::filesystem::path& destination) {
     static std::atomic<unsigned> count{0};
     std::filesystem::path name = destination;
-    name += ".part." + std::to_string(::getpid()) + "." + std::to_string(count++);
+    name += detail::part_suffix + std::to_string(::getpid()) + "." + std::to_string(count++);
     // A process of the same id may have been killed here before.
     ::unlink(name.c_str());
     return name;
@@ -111,6 +116,23 @@ class atomic_file {
   detail::descriptor file_;
   bool committed_ = false;
 };
+
+/// Removes what processes that were killed while writing `destination` have left next to it, so
+/// that kills do not fill the disk. Processes are those of this machine: others must not write the
+/// same destination. What cannot be removed stays.
+inline void remove_abandoned_parts(const std::filesystem::path& destination) {
+  const auto folder = destination.has_parent_path() ? destination.parent_path() : ".";
+  const std::string prefix = destination.filename().string() + detail::part_suffix;
+  std::error_code ignored;
+  for (std::filesystem::directory_iterator it(folder, ignored), end; it != end;
+       it.increment(ignored)) {
+    const std::string name = it->path().filename().string();
+    if (!name.starts_with(prefix)) continue;
+    const long writer = std::strtol(name.c_str() + prefix.size(), nullptr, 10);
+    const bool gone = writer > 0 && ::kill(static_cast<pid_t>(writer), 0) != 0 && errno == ESRCH;
+    if (gone) ::unlink(it->path().c_str());
+  }
+}
 
 /// Writes a whole file or nothing. @throws io_error  one sentence with the system's reason.
 inline void write_atomically(const std::filesystem::path& path, std::string_view bytes) {

@@ -16,6 +16,20 @@ class philox {
  public:
   explicit philox(std::uint64_t seed, std::uint64_t stream = 0) : seed_(seed), stream_(stream) {}
 
+  /// All that a generator is: one made from it goes on with the same numbers.
+  struct position {
+    std::uint64_t seed = 0, stream = 0;
+    std::uint64_t drawn = 0;  ///< calls of bits() so far
+    friend bool operator==(const position&, const position&) = default;
+  };
+  explicit philox(const position& p) : seed_(p.seed), stream_(p.stream), counter_(p.drawn / 4) {
+    for (std::uint64_t i = 0; i < p.drawn % 4; ++i)
+      (void)bits();
+  }
+  [[nodiscard]] position where() const {
+    return {seed_, stream_, 4 * counter_ - 4 + static_cast<std::uint64_t>(used_)};
+  }
+
   [[nodiscard]] static std::array<std::uint32_t, 4> block(std::uint64_t seed, std::uint64_t stream,
                                                           std::uint64_t counter) {
     std::array<std::uint32_t, 4> c{
