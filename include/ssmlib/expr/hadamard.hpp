@@ -20,8 +20,13 @@ struct masked_gram_traits {
   using structure = structure::masked_low_rank;
   using algorithms = alg_list<alg::structured, alg::quadratic>;
 };
+template <class T, class B>
+struct masked_gram_traits<window_mask<T, B>> {
+  using structure = structure::masked_low_rank;
+  using algorithms = alg_list<alg::quadratic>;
+};
 template <class L>
-  requires is_semiseparable_mask<L>
+requires is_semiseparable_mask<L>
 struct masked_gram_traits<L> {
   using structure = structure::semiseparable;
   using algorithms = alg_list<alg::chunked, alg::recurrent, alg::quadratic>;
@@ -79,7 +84,7 @@ struct masked_gram {
       return detail::dense_columns(mask, layout_of(*this), static_cast<bool>(layout), batch(),
                                    length(), heads());
     } else {
-      return mask.dense(layout_of(*this), static_cast<bool>(layout), heads());
+      return mask.dense(layout_of(*this), static_cast<bool>(layout), batch(), length(), heads());
     }
   }
 };
@@ -109,6 +114,11 @@ template <Real T, Backend B, class Phi>
   return hadamard(causal_mask<T, B>{}, std::move(kernel));
 }
 
+template <Real T, Backend B, class Phi>
+[[nodiscard]] auto hadamard(window_t w, gram<T, B, Phi> kernel) {
+  return hadamard(window_mask<T, B>{w.size}, std::move(kernel));
+}
+
 /// A causal mixer divided by its row sums, as in normalised linear attention:
 /// entry (t, s) is M[t, s] / sum_r M[t, r].
 template <MatrixMixer M>
@@ -124,15 +134,9 @@ struct row_normalized {
   [[nodiscard]] index_t batch() const { return inner.batch(); }
   [[nodiscard]] index_t length() const { return inner.length(); }
   [[nodiscard]] index_t heads() const { return inner.heads(); }
-  [[nodiscard]] index_t key_size() const
-    requires RecurrentMixer<M>
-  {
-    return inner.key_size();
-  }
+  [[nodiscard]] index_t key_size() const requires RecurrentMixer<M> { return inner.key_size(); }
   /// The row sum is one more feature, of the value 1: the last column of the state.
-  [[nodiscard]] index_t state_features(index_t p) const
-    requires RecurrentMixer<M>
-  {
+  [[nodiscard]] index_t state_features(index_t p) const requires RecurrentMixer<M> {
     return inner.state_features(p + 1);
   }
   template <class Self, class F>
@@ -147,8 +151,10 @@ struct row_normalized {
       for (index_t h = 0; h < m.extent(1); ++h) {
         for (index_t t = 0; t < m.extent(2); ++t) {
           double sum = 0;
-          for (index_t s = 0; s < m.extent(3); ++s) sum += m(b, h, t, s);
-          for (index_t s = 0; s < m.extent(3); ++s) m(b, h, t, s) /= sum;
+          for (index_t s = 0; s < m.extent(3); ++s)
+            sum += m(b, h, t, s);
+          for (index_t s = 0; s < m.extent(3); ++s)
+            m(b, h, t, s) /= sum;
         }
       }
     }
@@ -178,14 +184,8 @@ struct with_diagonal {
   [[nodiscard]] index_t batch() const { return inner.batch(); }
   [[nodiscard]] index_t length() const { return inner.length(); }
   [[nodiscard]] index_t heads() const { return std::max(inner.heads(), d.extent(0)); }
-  [[nodiscard]] index_t key_size() const
-    requires RecurrentMixer<M>
-  {
-    return inner.key_size();
-  }
-  [[nodiscard]] index_t state_features(index_t p) const
-    requires RecurrentMixer<M>
-  {
+  [[nodiscard]] index_t key_size() const requires RecurrentMixer<M> { return inner.key_size(); }
+  [[nodiscard]] index_t state_features(index_t p) const requires RecurrentMixer<M> {
     return inner.state_features(p);
   }
   template <class Self, class F>
@@ -203,7 +203,8 @@ struct with_diagonal {
       for (index_t h = 0; h < heads(); ++h) {
         const index_t from = group_of(h, heads(), narrow.extent(1));
         for (index_t t = 0; t < n; ++t) {
-          for (index_t s = 0; s < n; ++s) m(b, h, t, s) = narrow(b, from, t, s);
+          for (index_t s = 0; s < n; ++s)
+            m(b, h, t, s) = narrow(b, from, t, s);
           m(b, h, t, t) += static_cast<double>(d(group_of(h, heads(), d.extent(0))));
         }
       }

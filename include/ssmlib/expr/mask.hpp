@@ -31,8 +31,7 @@ template <class L>
       for (index_t s = begin; s < end; ++s) {
         l.column(begin, end, s, h * l.heads() / heads, column.data());
         for (index_t t = begin; t < end; ++t) {
-          out(packed ? 0 : i, h, t - base, s - base) =
-              column[static_cast<std::size_t>(t - begin)];
+          out(packed ? 0 : i, h, t - base, s - base) = column[static_cast<std::size_t>(t - begin)];
         }
       }
     }
@@ -63,7 +62,8 @@ struct causal_mask {
   template <class Self, class F>
   static void operands(Self&, F&&) {}
   void column(index_t begin, index_t end, index_t s, index_t, double* out) const {
-    for (index_t t = begin; t < end; ++t) out[t - begin] = t >= s ? 1.0 : 0.0;
+    for (index_t t = begin; t < end; ++t)
+      out[t - begin] = t >= s ? 1.0 : 0.0;
   }
   [[nodiscard]] tensor<double, 4> dense() const { return detail::dense_columns(*this); }
 };
@@ -84,6 +84,30 @@ struct window_t {
   }
   return {size};
 }
+
+/// 1 where t - size < s <= t: hadamard(window(w), Q * transpose(K)) is linear attention over the
+/// last w tokens.
+template <Real T = float, Backend B = cpu>
+struct window_mask {
+  using value_type = T;
+  using backend = B;
+  using structure = structure::banded;
+  using algorithms = alg_list<alg::quadratic>;
+
+  index_t size = 1;
+  sequence_layout layout{};
+
+  [[nodiscard]] index_t batch() const { return layout ? 1 : 0; }
+  [[nodiscard]] index_t length() const { return layout ? layout.tokens() : 0; }
+  [[nodiscard]] index_t heads() const { return 1; }
+  template <class Self, class F>
+  static void operands(Self&, F&&) {}
+  void column(index_t begin, index_t end, index_t s, index_t, double* out) const {
+    for (index_t t = begin; t < end; ++t)
+      out[t - begin] = t >= s && t - s < size ? 1.0 : 0.0;
+  }
+  [[nodiscard]] tensor<double, 4> dense() const { return detail::dense_columns(*this); }
+};
 
 /// L[t, s] = gamma_h^(t - s), s <= t: the decay of retention, one number a head in (0, 1].
 /// @source Sun et al. 2023, arXiv:2307.08621, eq. 5.
@@ -197,7 +221,16 @@ struct toeplitz_mask {
   static void operands(Self& self, F&& f) {
     f("kernel", self.kernel, operand::parameter);
   }
+  /// @throws shape_error  a sequence of `length` tokens needs more distances than the kernel has.
+  void check_length(index_t length) const {
+    if (length > kernel.extent(1)) {
+      throw shape_error("ssm: toeplitz(kernel): the kernel is " + to_string<2>(kernel.extents()) +
+                        ", (head x distance), the longest sequence has " + std::to_string(length) +
+                        " tokens; wanted at least as many distances");
+    }
+  }
   void column(index_t begin, index_t end, index_t s, index_t h, double* out) const {
+    check_length(end - begin);
     for (index_t t = begin; t < end; ++t) {
       out[t - begin] = t >= s ? static_cast<double>(kernel(h, t - s)) : 0.0;
     }

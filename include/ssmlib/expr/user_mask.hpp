@@ -1,0 +1,104 @@
+#pragma once
+
+#include <ssmlib/expr/hadamard.hpp>
+
+namespace ssm {
+
+/// A mask of your own that only knows how to multiply: a struct with
+///
+///   value_type                       float or double
+///   multiply(z, layout)              L z along time, for each sequence, head and feature by
+///   itself;
+///                                    z and the result are (b, T, H, features), and `layout` cuts
+///                                    the b * T tokens into sequences
+///
+/// and, where it has them,
+///
+///   multiply_transposed(z, layout)   L^T z likewise; without it gradients go through T x T storage
+///   heads()                          default 1; head h of z's H uses the mask's head
+///                                    h * heads() / H
+///   operands(self, f)                static; its tensors, as a mixer has them
+///   multiply_vjp(z, dy, layout, g)   adds the gradients of sum(dy * multiply(z)) with respect to
+///                                    its tensors to those of g, a mask of the same type
+template <class U>
+concept MultiplyMask = !MatrixMixer<U> && Real<typename U::value_type> &&
+                       requires(const U& u, const tensor<typename U::value_type, 4>& z,
+                                const sequence_layout& layout) {
+  { u.multiply(z, layout) } -> std::same_as<tensor<typename U::value_type, 4>>;
+};
+
+/// A mask of your own as a node, so that hadamard(mask, Q * transpose(K)) * V takes time and memory
+/// as its multiply() does. Its dense() is the product with the identity.
+template <MultiplyMask U>
+struct user_mask {
+  using value_type = typename U::value_type;
+  using backend = cpu;
+  using structure = structure::dense;
+  using algorithms = alg_list<alg::structured, alg::quadratic>;
+
+  U mask;
+  sequence_layout layout{};
+
+  [[nodiscard]] index_t batch() const { return layout ? 1 : 0; }
+  [[nodiscard]] index_t length() const { return layout ? layout.tokens() : 0; }
+  [[nodiscard]] index_t heads() const {
+    if constexpr (requires {
+                    { mask.heads() } -> std::convertible_to<index_t>;
+                  }) {
+      return mask.heads();
+    } else {
+      return 1;
+    }
+  }
+  template <class Self, class F>
+  static void operands(Self& self, F&& f) {
+    if constexpr (requires { U::operands(self.mask, f); }) U::operands(self.mask, f);
+  }
+
+  /// The products with the unit vectors of each sequence, all at once.
+  [[nodiscard]] tensor<double, 4> dense(const sequence_layout& sequences, bool packed,
+                                        index_t batch, index_t length, index_t heads) const {
+    const index_t n = packed ? sequences.tokens() : length, width = sequences.max_length();
+    auto out = tensor<double, 4>::zeros(packed ? 1 : batch, heads, n, n);
+    if (width == 0) return out;
+    const index_t rows = length == 0 ? 1 : batch, time = length == 0 ? n : length;
+    auto unit = tensor<value_type, 4>::zeros(rows, time, heads, width);
+    const auto for_each_entry = [&](auto f) {
+      for (index_t i = 0; i < sequences.sequences(); ++i) {
+        for (index_t t = sequences.begin(i); t < sequences.end(i); ++t) {
+          for (index_t h = 0; h < heads; ++h)
+            f(i, t, h);
+        }
+      }
+    };
+    for_each_entry([&](index_t i, index_t t, index_t h) {
+      unit(t / time, t % time, h, t - sequences.begin(i)) = value_type(1);
+    });
+    const tensor<value_type, 4> product = mask.multiply(unit, sequences);
+    for_each_entry([&](index_t i, index_t t, index_t h) {
+      const index_t begin = sequences.begin(i), base = packed ? 0 : begin;
+      for (index_t s = begin; s < sequences.end(i); ++s) {
+        out(packed ? 0 : i, h, t - base, s - base) =
+            static_cast<double>(product(t / time, t % time, h, s - begin));
+      }
+    });
+    return out;
+  }
+  [[nodiscard]] tensor<double, 4> dense() const {
+    return dense(layout_of(*this), static_cast<bool>(layout), batch(), length(), heads());
+  }
+};
+
+/// Your mask as a mixer of its own: mask_node(mask) * X.
+template <MultiplyMask U>
+[[nodiscard]] user_mask<U> mask_node(U mask) {
+  return {std::move(mask), {}};
+}
+
+/// L o (Q K^T) for a mask of your own. @return structure::masked_low_rank: structured, quadratic.
+template <MultiplyMask U, Real T, Backend B, class Phi>
+[[nodiscard]] masked_gram<user_mask<U>, T, B, Phi> hadamard(U mask, gram<T, B, Phi> kernel) {
+  return hadamard(mask_node(std::move(mask)), std::move(kernel));
+}
+
+}  // namespace ssm
