@@ -65,33 +65,37 @@ template <class T>
           {from.strides[0], from.strides[2]}};
 }
 
-/// The state of one head between a tensor and dense working memory (N x P).
+/// The state of one head between a tensor and dense working memory (N x P): f(dense, element).
+template <class S, class T, class F>
+void for_each_cell(S* dense, view<T, 4> states, index_t sequence, index_t head, F f) {
+  const index_t keys = states.extents[2], features = states.extents[3];
+  for (index_t n = 0; n < keys; ++n) {
+    T* row = states.data + sequence * states.strides[0] + head * states.strides[1] +
+             n * states.strides[2];
+    S* mine = dense + n * features;
+    const index_t step = states.strides[3];
+    if (step == 1) {  // the usual case, in a loop that becomes a copy
+      for (index_t p = 0; p < features; ++p)
+        f(mine[p], row[p]);
+    } else {
+      for (index_t p = 0; p < features; ++p)
+        f(mine[p], row[p * step]);
+    }
+  }
+}
 template <Real T>
 void load_state(view<const T, 4> from, index_t sequence, index_t head, index_t keys,
                 index_t features, T* to) {
   if (!from) return std::fill_n(to, keys * features, T(0)), void();
-  for (index_t n = 0; n < keys; ++n) {
-    for (index_t p = 0; p < features; ++p)
-      to[n * features + p] = from(sequence, head, n, p);
-  }
+  for_each_cell(to, from, sequence, head, [](T& mine, const T& x) { mine = x; });
 }
 template <Real T>
 void store_state(const T* from, view<T, 4> to, index_t sequence, index_t head) {
-  if (!to) return;
-  const index_t keys = to.extents[2], features = to.extents[3];
-  for (index_t n = 0; n < keys; ++n) {
-    for (index_t p = 0; p < features; ++p)
-      to(sequence, head, n, p) = from[n * features + p];
-  }
+  if (to) for_each_cell(from, to, sequence, head, [](const T& mine, T& x) { x = mine; });
 }
 template <Real T>
 void add_state(const T* from, view<T, 4> to, index_t sequence, index_t head) {
-  if (!to) return;
-  const index_t keys = to.extents[2], features = to.extents[3];
-  for (index_t n = 0; n < keys; ++n) {
-    for (index_t p = 0; p < features; ++p)
-      to(sequence, head, n, p) += from[n * features + p];
-  }
+  if (to) for_each_cell(from, to, sequence, head, [](const T& mine, T& x) { x += mine; });
 }
 
 /// Rows padded to whole registers with zeros, so that loops over keys have no tails.
