@@ -38,7 +38,7 @@ using ssm::mohawk_stage;
 // Steps at budget 1. Students of one kind see the same number of bytes, whichever stages they take:
 // stage 3 alone gets the steps of all three.
 struct plan {
-  index_t teacher = 360, stage1 = 30, stage2 = 60, stage3 = 90, draft = 60;
+  index_t teacher = 270, stage1 = 20, stage2 = 45, stage3 = 75, draft = 60;
   double teacher_rate = 3e-3, stage1_rate = 3e-3, stage2_rate = 3e-3, stage3_rate = 2e-3;
 };
 
