@@ -114,6 +114,7 @@ template <class M>
 /// @throws shape_error  the layout covers another number of tokens than the operands have.
 template <class M>
 [[nodiscard]] M packed(const sequence_layout& layout, M m) {
+  if (!layout) return m;  // none: the rectangle stays
   if (m.length() != 0 && m.batch() * m.length() != layout.tokens()) {
     throw shape_error("ssm: packed: the layout has " + std::to_string(layout.tokens()) +
                       " tokens, the operands have " + std::to_string(m.batch() * m.length()) +
