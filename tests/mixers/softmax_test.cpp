@@ -284,6 +284,9 @@ TEST_CASE("mixers/softmax: long attention needs memory linear in the length", "[
 TEST_CASE("mixers/softmax: any split into steps has the bits of one pass", "[mixers][softmax]") {
   check_steps<float>(plain, 210, {1});
   check_steps<float>(grouped, 210, {5, 1, 16, 2});
+  check_steps<float>(one_key_head, 110, {1, 2, 1, 3});
+  for (const index_t step : {2, 3, 4})
+    check_steps<float>(one_head, 110, {step});
   check_steps<double>(crossed, 210, {3, 100, 1});
   check_steps<float>(one_head, 3300, {3200, 1, 7, 16}, 0, 2);
   check_steps<float>(one_key_head, 1700, {1600, 1, 7}, 0, 1);

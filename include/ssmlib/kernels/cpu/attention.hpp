@@ -61,8 +61,8 @@ struct attention_sums {
     for (index_t i = 0; i < rows; ++i) {
       const T high = std::max(largest[i], other.largest[i]);
       if (high == -std::numeric_limits<T>::infinity()) continue;
-      const P mine = simd::exp(P(largest[i] - high)),
-              theirs = simd::exp(P(other.largest[i] - high));
+      const P mine = weight_of(P(largest[i] - high)),
+              theirs = weight_of(P(other.largest[i] - high));
       largest[i] = high;
       const auto add = [&](T* to, const T* from) SSMLIB_LAMBDA_INLINE {
         simd::fma(mine, P::load(to), theirs * P::load(from)).store(to);
@@ -120,13 +120,13 @@ void online_softmax(const tile_bounds& bounds, const key_range* range, index_t o
     fill_outside(row, begin, end, -std::numeric_limits<T>::infinity());
     const T high_so_far = std::max(sums.largest[i], largest_of(row, first, last));
     if (high_so_far > sums.largest[i]) {
-      sums.scale(i, width, simd::exp(P(sums.largest[i] - high_so_far))[0]);
+      sums.scale(i, width, weight_of(P(sums.largest[i] - high_so_far))[0]);
       sums.largest[i] = high_so_far;
     }
     const P shift(high_so_far);
     P sum = P::load(sums.sum + i * w);
     for (index_t j = first; j < last; j += w) {
-      const P e = simd::exp(P::load(row + j) - shift);
+      const P e = weight_of(P::load(row + j) - shift);
       e.store(row + j);
       sum += e;
     }
@@ -194,7 +194,7 @@ void gather_queries(view<const T, 3> q, const attention_heads& heads, index_t fi
                     index_t token_begin, index_t row_begin, index_t rows, double scale, T* to,
                     index_t width) {
   const index_t size = q.extents[2];
-  const T factor = static_cast<T>(scale);
+  const T factor = static_cast<T>(scale * logit_unit<T>);
   for (index_t i = 0; i < rows; ++i) {
     const index_t u = row_begin + i, h = heads.q_head(first_head + u % heads.run);
     const T* from = q.data + (token_begin + u / heads.run) * q.strides[0] + h * q.strides[1];

@@ -55,7 +55,7 @@ void weigh(const key_range* range, index_t rows, index_t origin, index_t columns
     const P shift(largest[i]);
     P total = P::load(sum + i * w), product = P::load(mean + i * w);
     for (index_t j = first; j < last; j += w) {
-      const P e = simd::exp(P::load(row + j) - shift);
+      const P e = weight_of(P::load(row + j) - shift);
       e.store(row + j);
       total += e;
       product = simd::fma(e, P::load(d + i * attention_tile + j), product);
@@ -138,7 +138,8 @@ void backward_task(const backward_rows<T>& in, const backward_tiles<T>& tiles,
                 columns, d);
     weigh(in.range, in.rows, origin, columns, largest, s, d, sums, products);
   });
-  // With unnormalised weights p: dv = p^T (dy / sum), dS = p (d - mean), dk = dS^T (q / sum).
+  // With unnormalised weights p: dv = p^T (dy / sum), dS = p (d - mean), dk = dS^T (q / sum), q in
+  // the unit of the scale again.
   T inverse[attention_tile];
   for (index_t i = 0; i < in.rows; ++i) {
     using P = simd::pack<T>;
@@ -147,7 +148,7 @@ void backward_task(const backward_rows<T>& in, const backward_tiles<T>& tiles,
     for (index_t p = 0; p < in.value_width; ++p)
       in.dy[i * in.value_width + p] *= inverse[i];
     for (index_t p = 0; p < in.key_width; ++p)
-      in.q[i * in.key_width + p] *= inverse[i];
+      in.q[i * in.key_width + p] *= inverse[i] * static_cast<T>(1.0 / logit_unit<T>);
   }
   for_tiles([&](index_t j, index_t origin, index_t columns, const tile_bounds& bounds, T* s, T* d) {
     weigh_gradients(in.range, in.rows, origin, columns, mean, s, d);

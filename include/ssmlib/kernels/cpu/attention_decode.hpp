@@ -17,7 +17,7 @@ struct attention_cache_shape {
   static constexpr index_t tile = detail::attention_tile;
   template <Real T>
   [[nodiscard]] index_t value_width() const {
-    return detail::round_up(features, detail::attention_cols<T>);
+    return round_up(features, detail::attention_cols<T>);
   }
   template <Real T>
   [[nodiscard]] index_t keys_a_slot() const {

@@ -13,7 +13,7 @@ namespace ssm::kernels {
 namespace detail {
 
 template <class T>
-[[nodiscard]] view<T, 2> head_rows(view<T, 3> t, index_t head, index_t begin, index_t end) {
+[[nodiscard]] view<T, 2> head_span(view<T, 3> t, index_t head, index_t begin, index_t end) {
   return {t.data + begin * t.strides[0] + head * t.strides[1],
           {end - begin, t.extents[2]},
           {t.strides[0], t.strides[2]}};
@@ -56,9 +56,9 @@ void attention_quadratic(const cpu::context& ctx, const attention_options& optio
     if (n == 0) return;
     const scratch<T> memory(n * n);
     const view<T, 2> p{memory.data(), {n, n}, {n, 1}};
-    attention_matrix<T>(options, head_rows(q, heads.q_head(h), begin, end),
-                        head_rows(k, heads.k_head(h), begin, end), p);
-    gemm<T>(T(1), p, head_rows(v, heads.v_head(h), begin, end), T(0), head_rows(y, h, begin, end));
+    attention_matrix<T>(options, head_span(q, heads.q_head(h), begin, end),
+                        head_span(k, heads.k_head(h), begin, end), p);
+    gemm<T>(T(1), p, head_span(v, heads.v_head(h), begin, end), T(0), head_span(y, h, begin, end));
   });
 }
 
@@ -83,14 +83,14 @@ void attention_quadratic_vjp(const cpu::context& ctx, const attention_options& o
     for (index_t u = 0; u < heads_a_unit; ++u) {
       const index_t h = task % units * heads_a_unit + u;
       const index_t hq = heads.q_head(h), hk = heads.k_head(h), hv = heads.v_head(h);
-      const auto q_h = head_rows(q, hq, begin, end), k_h = head_rows(k, hk, begin, end);
-      const auto dy_h = head_rows(dy, h, begin, end);
+      const auto q_h = head_span(q, hq, begin, end), k_h = head_span(k, hk, begin, end);
+      const auto dy_h = head_span(dy, h, begin, end);
       attention_matrix<T>(options, q_h, k_h, p);
       if (dv) {
-        gemm<T>(T(1), transposed(view<const T, 2>(p)), dy_h, T(1), head_rows(dv, hv, begin, end));
+        gemm<T>(T(1), transposed(view<const T, 2>(p)), dy_h, T(1), head_span(dv, hv, begin, end));
       }
       if (!dq && !dk) continue;
-      gemm<T>(T(1), dy_h, transposed(head_rows(v, hv, begin, end)), T(0), ds);
+      gemm<T>(T(1), dy_h, transposed(head_span(v, hv, begin, end)), T(0), ds);
       for (index_t t = 0; t < n; ++t) {
         T mean = 0;
         for (index_t s = 0; s < n; ++s)
@@ -98,9 +98,9 @@ void attention_quadratic_vjp(const cpu::context& ctx, const attention_options& o
         for (index_t s = 0; s < n; ++s)
           ds(t, s) = p(t, s) * (ds(t, s) - mean);
       }
-      if (dq) gemm<T>(scale, ds, k_h, T(1), head_rows(dq, hq, begin, end));
+      if (dq) gemm<T>(scale, ds, k_h, T(1), head_span(dq, hq, begin, end));
       if (dk) {
-        gemm<T>(scale, transposed(view<const T, 2>(ds)), q_h, T(1), head_rows(dk, hk, begin, end));
+        gemm<T>(scale, transposed(view<const T, 2>(ds)), q_h, T(1), head_span(dk, hk, begin, end));
       }
     }
   });

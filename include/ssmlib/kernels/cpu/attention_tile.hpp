@@ -6,7 +6,9 @@
 #include <ssmlib/tensor/view.hpp>
 
 #include <algorithm>
+#include <bit>
 #include <limits>
+#include <numbers>
 #include <numeric>
 
 /// @file
@@ -38,8 +40,28 @@ inline constexpr index_t attention_cols = gemm_tile<T>::cols;
 static_assert(attention_tile % attention_cols<float> == 0 &&
               attention_tile % attention_cols<double> == 0);
 
-[[nodiscard]] inline index_t round_up(index_t n, index_t step) {
-  return (n + step - 1) / step * step;
+/// The unit of logits: attention in float works with powers of 2, which take fewer operations.
+template <Real T>
+inline constexpr double logit_unit = std::is_same_v<T, float> ? std::numbers::log2e : 1.0;
+
+/// The exponential of a logit x <= 0 in that unit: 2^x or e^x. Float: 1 ulp; 0 below 2^-126.
+template <Real T>
+[[nodiscard]] SSMLIB_ALWAYS_INLINE simd::pack<T> weight_of(simd::pack<T> x) {
+  if constexpr (std::is_same_v<T, double>) {
+    return simd::exp(x);
+  } else {
+    using P = simd::pack<float>;
+    // (2^r - 1) / r on [-1/2, 1/2], relative error of 2^r 5e-9; fitted at Chebyshev nodes.
+    static constexpr float c[] = {6.9314718803e-01f, 2.4022650761e-01f, 5.5503571142e-02f,
+                                  9.6180825573e-03f, 1.3390863365e-03f, 1.5453162945e-04f};
+    constexpr float round = 0x1.8p23f;  // adding it rounds to an integer in the low bits
+    const P clamped = simd::max(x, P(-127.0f));
+    const P shifted = clamped + P(round);
+    const P r = clamped - (shifted - P(round));
+    // An exponent field of 0 makes the factor for -127 zero.
+    const auto exponent = ((P::uvec)shifted.v + (127u - std::bit_cast<std::uint32_t>(round))) << 23;
+    return simd::fma(r, simd::detail::polynomial(r, c), P(1.0f)) * P((P::vec)exponent);
+  }
 }
 
 /// The tokens [begin, end) of its sequence that a query row is multiplied with.
@@ -137,12 +159,70 @@ struct tile_bounds {
   }
 };
 
+/// A product with few rows on the left: more columns at once than multiply_tile takes, so
+/// that enough sums are under way; each has the same order.
+template <Real T, int Rows, int Vectors>
+SSMLIB_NOINLINE void multiply_few_rows(const left_panel<T>& left, const T* SSMLIB_RESTRICT b,
+                                       index_t b_step, T* c, index_t c_step, bool add) {
+  using P = simd::pack<T>;
+  P acc[Rows][Vectors];
+  simd::unroll<Rows * Vectors>(
+      [&](auto e) SSMLIB_LAMBDA_INLINE { acc[e / Vectors][e % Vectors] = P(T(0)); });
+  for (index_t k = 0; k < left.k; ++k) {
+    P x[Rows];
+    simd::unroll<Rows>([&](auto i) SSMLIB_LAMBDA_INLINE {
+      x[i] = P(left.a[i * left.row_step + k * left.k_step]);
+    });
+    simd::unroll<Vectors>([&](auto v) SSMLIB_LAMBDA_INLINE {
+      const P y = P::load(b + k * b_step + v * P::width);
+      simd::unroll<Rows>([&](auto i)
+                             SSMLIB_LAMBDA_INLINE { acc[i][v] = simd::fma(x[i], y, acc[i][v]); });
+    });
+  }
+  simd::unroll<Rows * Vectors>([&](auto e) SSMLIB_LAMBDA_INLINE {
+    constexpr int i = decltype(e)::value / Vectors, v = decltype(e)::value % Vectors;
+    T* to = c + i * c_step + v * P::width;
+    (add ? acc[i][v] + P::load(to) : acc[i][v]).store(to);
+  });
+}
+
+/// Columns [j, end) of a product with few rows, Vectors registers at once, then fewer.
+template <Real T, int Rows, int Vectors>
+void multiply_columns(const left_panel<T>& left, const T* b, index_t b_step, T* c, index_t c_step,
+                      bool add, index_t j, index_t end) {
+  constexpr index_t step = Vectors * simd::pack<T>::width;
+  for (; j + step <= end; j += step)
+    multiply_few_rows<T, Rows, Vectors>(left, b + j, b_step, c + j, c_step, add);
+  if constexpr (Vectors > 1) {
+    if (j < end) {
+      constexpr int fewer = Vectors > 8 ? 8 : Vectors > 4 ? 4 : Vectors > 2 ? 2 : 1;
+      multiply_columns<T, Rows, fewer>(left, b, b_step, c, c_step, add, j, end);
+    }
+  }
+}
+
+inline constexpr index_t few_rows = 4;
+/// c = left b, or c += left b, for up to few_rows rows and columns [j, end), whole register tiles.
+template <Real T>
+void multiply_few_rows(index_t rows, const left_panel<T>& left, const T* b, index_t b_step, T* c,
+                       index_t c_step, bool add, index_t j, index_t end) {
+  if (rows == 1) return multiply_columns<T, 1, 12>(left, b, b_step, c, c_step, add, j, end);
+  if (rows == 2) return multiply_columns<T, 2, 6>(left, b, b_step, c, c_step, add, j, end);
+  if (rows == 3) return multiply_columns<T, 3, 4>(left, b, b_step, c, c_step, add, j, end);
+  multiply_columns<T, few_rows, 3>(left, b, b_step, c, c_step, add, j, end);
+}
+
 /// s (rows x columns of a tile) = q k^T where the bounds want it. q is (rows x depth), `right`
 /// (depth x ld), s has rows `attention_tile` long.
 template <Real T>
 void tile_scores(const tile_bounds& bounds, const T* q, index_t q_step, index_t depth,
                  const T* right, index_t ld, T* s) {
   constexpr index_t cols = attention_cols<T>;
+  if (bounds.rows <= few_rows) {
+    const index_t begin = bounds.begin[0] / cols * cols, end = round_up(bounds.end[0], cols);
+    return multiply_few_rows<T>(bounds.rows, {q, q_step, 1, depth}, right, ld, s, attention_tile,
+                                false, begin, end);
+  }
   for (index_t j = 0; j < ld; j += cols) {
     for (index_t b = 0; b < bounds.blocks; ++b) {
       if (bounds.begin[b] >= j + cols || bounds.end[b] <= j) continue;
@@ -158,6 +238,11 @@ void tile_scores(const tile_bounds& bounds, const T* q, index_t q_step, index_t 
 template <Real T>
 void add_tile_product(const tile_bounds& bounds, const T* p, const T* right, index_t width,
                       T* out) {
+  if (bounds.rows <= few_rows) {
+    const index_t begin = bounds.begin[0], terms = bounds.end[0] - begin;
+    return multiply_few_rows<T>(bounds.rows, {p + begin, attention_tile, 1, terms},
+                                right + begin * width, width, out, width, true, 0, width);
+  }
   for (index_t j = 0; j < width; j += attention_cols<T>) {
     for (index_t b = 0; b < bounds.blocks; ++b) {
       const index_t begin = bounds.begin[b], terms = bounds.end[b] - begin;
