@@ -3,6 +3,8 @@
 #include <ssmlib/model/language_model.hpp>
 #include <ssmlib/tensor/random.hpp>
 
+#include <cmath>
+#include <limits>
 #include <string>
 
 namespace ssm_test {
@@ -36,7 +38,7 @@ inline ssm::tensor<std::int32_t, 2> random_ids(ssm::index_t b, ssm::index_t n, s
 
 template <class T>
 double largest_difference(const ssm::tensor<T, 3>& a, const ssm::tensor<T, 3>& b) {
-  REQUIRE(a.extents() == b.extents());
+  if (a.extents() != b.extents()) return std::numeric_limits<double>::infinity();
   double worst = 0;
   a.zip_with(b, [&](const T& x, const T& y) {
     const double d = std::abs(static_cast<double>(x) - static_cast<double>(y));
