@@ -308,6 +308,14 @@ void apply_mixer_plus_diagonal_vjp(const cpu::context& ctx, Alg algorithm,
   detail::apply_semiseparable_vjp(ctx, algorithm, m, d, x, dy, dm, dd, dx, c);
 }
 
+/// Up to 16 tokens a step at a time is faster than a chunk, and has the bits of any split.
+template <MatrixMixer L, Real T, Backend B, FeatureMap Phi>
+requires detail::is_semiseparable_mask<L>
+[[nodiscard]] std::string_view choose_algorithm(const masked_gram<L, T, B, Phi>&, index_t length,
+                                                index_t /*width*/) {
+  return length <= 16 ? alg::recurrent::name : alg::chunked::name;
+}
+
 // ---- the masks by themselves: scans over X ------------------------------------------------------
 
 /// L X as a scan, O(T) a feature. The state is (sequences, heads, 1, features).

@@ -176,6 +176,17 @@ void apply_row_normalized_vjp(const cpu::context& ctx, Alg algorithm, const row_
 
 }  // namespace detail
 
+template <MatrixMixer M>
+[[nodiscard]] std::string_view choose_algorithm(const with_diagonal<M>& m, index_t length,
+                                                index_t width) {
+  return choose_algorithm(m.inner, length, width);
+}
+template <MatrixMixer M>
+[[nodiscard]] std::string_view choose_algorithm(const row_normalized<M>& m, index_t length,
+                                                index_t width) {
+  return choose_algorithm(m.inner, length, width + 1);
+}
+
 /// M X + d x, from any algorithm of M.
 template <class Alg, MatrixMixer M>
 requires(!std::same_as<Alg, alg::quadratic>) void apply_mixer(

@@ -16,64 +16,87 @@ struct state_snapshots {
 
 namespace detail {
 
-/// One token for `Packs` registers of features: state = a state + k x^T, out = alpha q^T state.
-/// `part` < 0: whole registers; else the number of lanes of the only one.
-template <int Packs, Real T>
-SSMLIB_ALWAYS_INLINE void recurrent_columns(view<T, 2> state, T a, const T* q, const T* k, T weight,
-                                            const T* x, T alpha, T d, T* out, index_t part) {
+/// What a token does to the state: state = a state + k x^T.
+///
+/// A decay near 1 is applied as state + (a - 1) state, its small change added to that of k x^T
+/// before the one rounding to the state's precision: otherwise, where a - 1 is about the spacing of
+/// T, rounding a state is biased and the bias grows with the length.
+template <Real T>
+struct recurrent_decay {
+  T factor;  ///< a, or a - 1
+  bool near_one;
+
+  static recurrent_decay from_log(T log_a) {
+    const T a = std::exp(log_a);
+    return is_near_one(a) && log_a != T(0) ? recurrent_decay{std::expm1(log_a), true}
+                                           : recurrent_decay{a, false};
+  }
+  static recurrent_decay from_value(T a) {
+    return is_near_one(a) && a != T(1) ? recurrent_decay{a - T(1), true}
+                                       : recurrent_decay{a, false};
+  }
+
+ private:
+  /// Nearer than 1/1024: farther away the past is forgotten before the bias matters.
+  static bool is_near_one(T a) { return a > T(1) - T(1) / T(1024); }
+};
+
+/// The operands of one token of one head.
+template <Real T>
+struct recurrent_operands {
+  recurrent_decay<T> decay;
+  const T *q, *k, *x;
+  T weight, alpha, d;
+};
+
+/// One token for `Packs` registers of features, or for the first `part` >= 0 lanes of a register.
+template <int Packs, bool NearOne, Real T>
+SSMLIB_ALWAYS_INLINE void recurrent_columns(view<T, 2> state, const recurrent_operands<T>& o,
+                                            index_t column, T* out, index_t part) {
   using pack = simd::pack<T>;
   const auto load = [part](const T* from) SSMLIB_LAMBDA_INLINE {
     return part < 0 ? pack::load(from) : pack::load_part(from, part);
   };
+  const auto store = [part](pack value, T* to) SSMLIB_LAMBDA_INLINE {
+    part < 0 ? value.store(to) : value.store_part(to, part);
+  };
+  const pack factor(o.decay.factor);
   pack value[Packs], sum[Packs];
   simd::unroll<Packs>([&](auto c) SSMLIB_LAMBDA_INLINE {
-    value[c] = load(x + c * pack::width);
+    value[c] = load(o.x + column + c * pack::width);
     sum[c] = pack(T(0));
   });
   for (index_t n = 0; n < state.extents[0]; ++n) {
-    const pack qn(q[n]), kn(weight * k[n]);
-    T* row = state.data + n * state.strides[0];
+    const pack qn(o.q[n]), kn(o.weight * o.k[n]);
+    T* row = state.data + n * state.strides[0] + column;
     simd::unroll<Packs>([&](auto c) SSMLIB_LAMBDA_INLINE {
-      // A reset forgets whatever was there, infinities too.
-      const pack old = a == T(0) ? pack(T(0)) : pack(a) * load(row + c * pack::width);
-      const pack s = simd::fma(kn, value[c], old);
-      if (part < 0) {
-        s.store(row + c * pack::width);
+      pack s = load(row + c * pack::width);
+      if constexpr (NearOne) {
+        s += simd::fma(kn, value[c], factor * s);
       } else {
-        s.store_part(row, part);
+        // A reset forgets whatever was there, infinities too.
+        s = o.decay.factor == T(0) ? kn * value[c] : simd::fma(kn, value[c], factor * s);
       }
+      store(s, row + c * pack::width);
       sum[c] = simd::fma(qn, s, sum[c]);
     });
   }
   simd::unroll<Packs>([&](auto c) SSMLIB_LAMBDA_INLINE {
-    const pack y = simd::fma(pack(d), value[c], pack(alpha) * sum[c]);
-    if (part < 0) {
-      y.store(out + c * pack::width);
-    } else {
-      y.store_part(out, part);
-    }
+    store(simd::fma(pack(o.d), value[c], pack(o.alpha) * sum[c]), out + column + c * pack::width);
   });
 }
 
 /// One token of one head.
-template <Real T>
-void recurrent_token(view<T, 2> state, T a, const T* q, const T* k, T weight, const T* x, T alpha,
-                     T d, T* out) {
+template <bool NearOne, Real T>
+void recurrent_token(view<T, 2> state, const recurrent_operands<T>& o, T* out) {
   constexpr index_t w = simd::pack<T>::width;
   const index_t features = state.extents[1];
-  const auto columns = [&](index_t c) {
-    return view<T, 2>{state.data + c, state.extents, state.strides};
-  };
   index_t c = 0;
-  for (; c + 4 * w <= features; c += 4 * w) {
-    recurrent_columns<4>(columns(c), a, q, k, weight, x + c, alpha, d, out + c, -1);
-  }
-  for (; c + w <= features; c += w) {
-    recurrent_columns<1>(columns(c), a, q, k, weight, x + c, alpha, d, out + c, -1);
-  }
-  if (c < features) {
-    recurrent_columns<1>(columns(c), a, q, k, weight, x + c, alpha, d, out + c, features - c);
-  }
+  for (; c + 4 * w <= features; c += 4 * w)
+    recurrent_columns<4, NearOne>(state, o, c, out, -1);
+  for (; c + w <= features; c += w)
+    recurrent_columns<1, NearOne>(state, o, c, out, -1);
+  if (c < features) recurrent_columns<1, NearOne>(state, o, c, out, features - c);
 }
 
 }  // namespace detail
@@ -104,7 +127,8 @@ void linear_recurrence(const cpu::context& ctx, const ssd_problem<T>& p, view<T,
       if (from.data != state.data) detail::copy_matrix<T>(from, state);
     }
     const T d = p.d ? p.d(group(p.d.extent(0))) : T(0);
-    const T gamma = p.gamma ? p.gamma(group(p.gamma.extent(0))) : T(1);
+    const auto gamma =
+        detail::recurrent_decay<T>::from_value(p.gamma ? p.gamma(group(p.gamma.extent(0))) : T(1));
     for (index_t t = p.offsets[i]; t < p.offsets[i + 1]; ++t) {
       if (snapshots.ring) {
         const index_t position =
@@ -113,11 +137,20 @@ void linear_recurrence(const cpu::context& ctx, const ssd_problem<T>& p, view<T,
         const index_t row = position % snapshots.slots * p.sequences + i;
         detail::copy_matrix<T>(state, detail::state_matrix(snapshots.ring, row, h, column, width));
       }
-      const T a = p.log_a ? std::exp(p.log_a(t, group(p.log_a.extent(1)))) : gamma;
-      const T weight = p.weight ? p.weight(t, group(p.weight.extent(1))) : T(1);
-      detail::recurrent_token<T>(
-          state, a, &p.q(t, group(p.q.extent(1)), 0), &p.k(t, group(p.k.extent(1)), 0), weight,
-          &p.x(t, group(p.x.extent(1)), column), p.alpha, d, &y(t, h, column));
+      const detail::recurrent_operands<T> o{
+          p.log_a ? detail::recurrent_decay<T>::from_log(p.log_a(t, group(p.log_a.extent(1))))
+                  : gamma,
+          &p.q(t, group(p.q.extent(1)), 0),
+          &p.k(t, group(p.k.extent(1)), 0),
+          &p.x(t, group(p.x.extent(1)), column),
+          p.weight ? p.weight(t, group(p.weight.extent(1))) : T(1),
+          p.alpha,
+          d};
+      if (o.decay.near_one) {
+        detail::recurrent_token<true>(state, o, &y(t, h, column));
+      } else {
+        detail::recurrent_token<false>(state, o, &y(t, h, column));
+      }
     }
   };
   const index_t tasks = p.sequences * lanes.count();

@@ -26,7 +26,7 @@ struct ssd_forward_run {
   void score(index_t begin, index_t n, index_t pair, T* scores) const {
     const index_t gq = head_group(pair, pairs(), p.q.extent(1));
     const index_t gk = head_group(pair, pairs(), p.k.extent(1));
-    gemm_lower<T>(T(1), head_rows(p.q, begin, n, gq), transposed(head_rows(p.k, begin, n, gk)),
+    gemm_lower<T>(T(1), group_rows(p.q, begin, n, gq), transposed(group_rows(p.k, begin, n, gk)),
                   T(0), matrix(scores, n, n, score_step()));
   }
   /// One chunk of one lane: its outputs from the state before it, then the state after it.
@@ -59,20 +59,20 @@ void ssd_forward_run<T>::advance(const ssd_decays<T>& decays, index_t begin, ind
   const index_t gq = head_group(h, p.heads, p.q.extent(1));
   const index_t gk = head_group(h, p.heads, p.k.extent(1));
   const index_t gx = head_group(h, p.heads, p.x.extent(1));
-  const view<const T, 2> x = head_rows(p.x, begin, n, gx, lanes.from(lane), width);
-  const view<T, 2> out = head_rows(y, begin, n, h, lanes.from(lane), width);
+  const view<const T, 2> x = group_rows(p.x, begin, n, gx, lanes.from(lane), width);
+  const view<T, 2> out = group_rows(y, begin, n, h, lanes.from(lane), width);
   const view<T, 2> s = matrix(state, p.key_size(), width, width);
   if (!state_is_zero) {
-    gemm<T>(p.alpha, head_rows(p.q, begin, n, gq), s, T(0), out);
-    scale_rows<T>(out, decays.from_start(), out);
+    gemm<T>(p.alpha, group_rows(p.q, begin, n, gq), s, T(0), out);
+    scaled_rows<T>(out, decays.from_start(), out);
   }
   const T d = p.d ? p.d(head_group(h, p.heads, p.d.extent(0))) : T(0);
   mix_scores(decays, scores, score_step(), p.alpha, d, work);
   gemm_lower_left<T>(T(1), matrix(work, n, n, score_step()), x, T(state_is_zero ? 0 : 1), out);
   if (!want_state) return;
   const view<T, 2> scaled = matrix(work, n, width, width);
-  scale_rows<T>(x, decays.weighted_to_end(), scaled);
-  gemm<T>(T(1), transposed(head_rows(p.k, begin, n, gk)), scaled,
+  scaled_rows<T>(x, decays.weighted_to_end(), scaled);
+  gemm<T>(T(1), transposed(group_rows(p.k, begin, n, gk)), scaled,
           state_is_zero ? T(0) : decays.total(), s);
 }
 
@@ -102,7 +102,9 @@ void ssd_forward(const cpu::context& ctx, const ssd_problem<T>& p, index_t chunk
   const bool shared = run.lanes_per_pair() > 1;
   const index_t score_size = chunk * run.score_step();
   const index_t state_size = p.key_size() * p.features();
-  constexpr index_t budget = 1024;
+  // Rows of x and y that stay in the caches while the heads take turns on them.
+  const index_t budget =
+      std::clamp<index_t>((index_t{1} << 17) / (p.heads * p.features() + 1), 256, 4096);
   for (index_t first = 0; first < p.sequences;) {
     const detail::ssd_wave wave =
         detail::next_wave(p.offsets, p.sequences, first, lanes, budget, chunk);

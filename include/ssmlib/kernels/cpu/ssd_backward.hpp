@@ -71,6 +71,13 @@ struct ssd_backward_run {
   index_t blocks = std::min(forward.lanes_per_pair(), std::max<index_t>(1, 8 / pairs));
 
   [[nodiscard]] index_t tasks() const { return pairs * blocks; }
+  /// Tokens whose sums over tasks and whose chunks' states stay in the caches.
+  [[nodiscard]] index_t panel_tokens() const {
+    const index_t sums = tasks() * (2 * p.key_size() + chunk);
+    const index_t states = p.key_size() * p.features() / chunk;
+    return std::clamp<index_t>(
+        std::min((index_t{5} << 17) / (sums + 1), (index_t{1} << 15) / (states + 1)), 256, 4096);
+  }
   [[nodiscard]] index_t first_lane(index_t task) const {
     const index_t per_pair = forward.lanes_per_pair();
     return task / blocks * per_pair + per_pair * (task % blocks) / blocks;
@@ -81,12 +88,12 @@ struct ssd_backward_run {
   }
   [[nodiscard]] view<const T, 2> rows(const view<const T, 3>& v, index_t begin, index_t n,
                                       index_t h) const {
-    return head_rows(v, begin, n, head_group(h, p.heads, v.extents[1]));
+    return group_rows(v, begin, n, head_group(h, p.heads, v.extents[1]));
   }
   [[nodiscard]] view<const T, 2> lane_rows(const view<const T, 3>& v, index_t begin, index_t n,
                                            index_t lane) const {
-    return head_rows(v, begin, n, head_group(lanes.head(lane), p.heads, v.extents[1]),
-                     lanes.from(lane), lanes.width(lane));
+    return group_rows(v, begin, n, head_group(lanes.head(lane), p.heads, v.extents[1]),
+                      lanes.from(lane), lanes.width(lane));
   }
 
   /// state = decay state + K^T (scaled X) over one chunk, whose decays are set.
@@ -109,7 +116,7 @@ void ssd_backward_run<T>::replay(ssd_backward_work<T>& w, index_t begin, index_t
                                  const T* before, T* after) const {
   const index_t n = w.decays.size(), width = lanes.width(lane), size = p.key_size() * width;
   const view<T, 2> scaled = matrix(w.rows.data(), n, width, width);
-  scale_rows<T>(lane_rows(p.x, begin, n, lane), w.decays.weighted_to_end(), scaled);
+  scaled_rows<T>(lane_rows(p.x, begin, n, lane), w.decays.weighted_to_end(), scaled);
   if (before != after) std::copy_n(before, size, after);
   gemm<T>(T(1), transposed(rows(p.k, begin, n, lanes.head(lane))), scaled, w.decays.total(),
           matrix(after, p.key_size(), width, width));
@@ -193,13 +200,13 @@ void ssd_backward_run<T>::chunk_vjp(ssd_backward_work<T>& w, index_t begin, inde
                    [f](pack a, pack b) { return simd::fma(f, b, a); });
     }
   }
-  scale_rows<T>(x, decays.weighted_to_end(), temporary);
+  scaled_rows<T>(x, decays.weighted_to_end(), temporary);
   gemm<T>(T(1), temporary, transposed(view<const T, 2>(ds)), T(out.first ? 0 : 1),
           matrix(out.k, n, keys, keys));
 
   // Through the state before it.
   const T kept = decays.total() == T(0) ? T(0) : decays.total() * dot(keys * width, state, d_state);
-  scale_rows<T>(dout, factor, temporary);
+  scaled_rows<T>(dout, factor, temporary);
   const view<T, 2> dq = matrix(w.keys.data(), n, keys, keys);
   gemm<T>(T(1), temporary, transposed(s), T(0), dq);
   for (index_t i = 0; i < n; ++i) {

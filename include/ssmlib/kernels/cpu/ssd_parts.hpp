@@ -60,15 +60,15 @@ namespace detail {
 
 /// Rows [begin, begin + n) and columns [from, from + cols) of one head.
 template <class T>
-[[nodiscard]] view<T, 2> head_rows(const view<T, 3>& v, index_t begin, index_t n, index_t group,
-                                   index_t from, index_t cols) {
+[[nodiscard]] view<T, 2> group_rows(const view<T, 3>& v, index_t begin, index_t n, index_t group,
+                                    index_t from, index_t cols) {
   return {v.data + begin * v.strides[0] + group * v.strides[1] + from * v.strides[2],
           {n, cols},
           {v.strides[0], v.strides[2]}};
 }
 template <class T>
-[[nodiscard]] view<T, 2> head_rows(const view<T, 3>& v, index_t begin, index_t n, index_t group) {
-  return head_rows(v, begin, n, group, 0, v.extents[2]);
+[[nodiscard]] view<T, 2> group_rows(const view<T, 3>& v, index_t begin, index_t n, index_t group) {
+  return group_rows(v, begin, n, group, 0, v.extents[2]);
 }
 template <class T>
 [[nodiscard]] view<T, 2> matrix(T* data, index_t rows, index_t cols, index_t step) {
@@ -77,7 +77,7 @@ template <class T>
 
 /// to[i] = factor[i] * from[i] for the rows of two matrices with unit inner strides.
 template <Real T>
-void scale_rows(view<const T, 2> from, const T* factor, view<T, 2> to) {
+void scaled_rows(view<const T, 2> from, const T* factor, view<T, 2> to) {
   for (index_t i = 0; i < from.extents[0]; ++i) {
     const simd::pack<T> f(factor[i]);
     simd::map<T>(from.extents[1], from.data + i * from.strides[0], to.data + i * to.strides[0],

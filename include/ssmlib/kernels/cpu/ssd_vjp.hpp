@@ -128,7 +128,7 @@ void ssd_backward_wave<T>::task_vjp(index_t i, index_t task, index_t from) const
                             T(1),
                             lane == run.first_lane(task)};
       if (direct_x) {
-        out.x = head_rows(run.g.x, t, n, h, run.lanes.from(lane), width);
+        out.x = group_rows(run.g.x, t, n, h, run.lanes.from(lane), width);
       } else if (run.g.x) {
         T* base = dx.data() + i * wave.panel * run.p.heads * run.p.features();
         out.x = matrix(base + lane_at(lane, wave.panel) + c * chunk * width, n, width, width);
@@ -169,15 +169,15 @@ void ssd_backward_wave<T>::reduce(index_t i, index_t slot, index_t from) const {
       }
     }
     if (g.q) {
-      const view<T, 2> to = head_rows(g.q, t, n, gq);
-      gemm_lower_left<T>(T(1), ds, head_rows(p.k, t, n, gk), T(1), to);
+      const view<T, 2> to = group_rows(g.q, t, n, gq);
+      gemm_lower_left<T>(T(1), ds, group_rows(p.k, t, n, gk), T(1), to);
       for (index_t b = 0; b < run.blocks; ++b) {
         add_matrix<T>(matrix(dq.data() + at(first + b) * chunk * keys, n, keys, keys), to);
       }
     }
     if (g.k) {
-      const view<T, 2> to = head_rows(g.k, t, n, gk);
-      gemm_upper_left<T>(T(1), transposed(view<const T, 2>(ds)), head_rows(p.q, t, n, gq), T(1),
+      const view<T, 2> to = group_rows(g.k, t, n, gk);
+      gemm_upper_left<T>(T(1), transposed(view<const T, 2>(ds)), group_rows(p.q, t, n, gq), T(1),
                          to);
       for (index_t b = 0; b < run.blocks; ++b) {
         add_matrix<T>(matrix(dk.data() + at(first + b) * chunk * keys, n, keys, keys), to);
@@ -199,7 +199,8 @@ void ssd_backward_wave<T>::reduce(index_t i, index_t slot, index_t from) const {
       const T* base = dx.data() + i * wave.panel * p.heads * p.features();
       add_matrix<T>(
           matrix(base + lane_at(lane, wave.panel) + slot * chunk * width, n, width, width),
-          head_rows(g.x, t, n, head_group(h, p.heads, g.x.extent(1)), run.lanes.from(lane), width));
+          group_rows(g.x, t, n, head_group(h, p.heads, g.x.extent(1)), run.lanes.from(lane),
+                     width));
     }
   }
 }
@@ -245,7 +246,7 @@ void ssd_vjp(const cpu::context& ctx, const ssd_problem<T>& p, index_t chunk, vi
     longest = std::max(longest, p.offsets[i + 1] - p.offsets[i]);
   }
   const detail::ssd_backward_run<T> run{p, g, std::min(chunk, longest), dy};
-  constexpr index_t budget = 256;
+  const index_t budget = run.panel_tokens();
   for (index_t first = 0; first < p.sequences;) {
     const detail::ssd_backward_wave<T> w{
         run, states,
