@@ -230,7 +230,7 @@ class verifier {
     for (const double v : moved)
       length += v * v;
     if (!(length > 0)) return square > 0 || length != length ? 1.0 : 0.0;
-    const double step = (std::is_same_v<T, double> ? 1e-5 : 1e-2) / std::sqrt(length);
+    const double step = (std::is_same_v<T, double> ? 1e-5 : 1e-3) / std::sqrt(length);
     const auto shift = [&](P& to, double sign, std::vector<double>& actual) {
       index_t at = 0;
       P::operands(to, [&](std::string_view, auto& t, operand) {
