@@ -322,7 +322,8 @@ class run {
              {"greedy text equals plain greedy text",
               results_.at("greedy_speculative_equals_plain").get<bool>() ? "yes" : "no"}});
     r.heading("Training");
-    chart(r, "Teacher and draft", "bits per byte", {"teacher", "draft"});
+    chart(r, "Teacher, next-byte prediction", "bits per byte", {"teacher"});
+    chart(r, "Draft, distillation", "KL divergence, bits per byte", {"draft"});
     for (const auto stage : {mohawk_stage::matrix_orientation, mohawk_stage::hidden_state_alignment,
                              mohawk_stage::distillation}) {
       std::vector<std::string> names;
