@@ -1,10 +1,53 @@
 # ssmlib::compiled: the common kernels as a static library, generated into the build tree.
 #
-# Each row is FAMILY=HEADER and becomes one generated file, which defines what the header marks with
-# SSMLIB_INSTANTIATE(FAMILY, ...) or, in FAMILY_impl.hpp, with SSMLIB_INLINE. Everybody else sees
-# declarations. See include/ssmlib/base/compiled.hpp and docs/build.md.
+# Each row is FAMILY=HEADER. The headers of a family become one generated file, which defines what
+# they mark with SSMLIB_INSTANTIATE(FAMILY, ...) or, in FAMILY_impl.hpp, with SSMLIB_INLINE. Everybody
+# else sees declarations. See include/ssmlib/base/compiled.hpp and docs/build.md.
+# The slowest files come first, so that parallel builds end together.
 set(ssmlib_families
-    cpu_threads=ssmlib/backend/cpu_threads_impl.hpp)
+    cpu_threads=ssmlib/backend/cpu_threads_impl.hpp
+    gemm=ssmlib/kernels/cpu/gemm.hpp
+    gemm=ssmlib/kernels/cpu/skinny.hpp
+    attention=ssmlib/kernels/cpu/attention.hpp
+    attention=ssmlib/kernels/cpu/attention_backward.hpp
+    attention=ssmlib/kernels/cpu/attention_decode.hpp
+    attention=ssmlib/kernels/cpu/attention_quadratic.hpp
+    gated=ssmlib/kernels/cpu/gated_linear.hpp
+    gated=ssmlib/kernels/cpu/gated_linear_vjp.hpp
+    gated=ssmlib/kernels/cpu/delta_rule.hpp
+    gated=ssmlib/kernels/cpu/delta_rule_vjp.hpp
+    selective=ssmlib/kernels/cpu/selective.hpp
+    selective=ssmlib/kernels/cpu/selective_vjp.hpp
+    selective=ssmlib/kernels/cpu/selective_quadratic.hpp
+    gram=ssmlib/kernels/cpu/gram.hpp
+    gram=ssmlib/kernels/cpu/masked_quadratic.hpp
+    ssd=ssmlib/kernels/cpu/linear_recurrence.hpp
+    ssd=ssmlib/kernels/cpu/ssd.hpp
+    ssd=ssmlib/kernels/cpu/ssd_vjp.hpp
+    toeplitz=ssmlib/kernels/cpu/toeplitz.hpp
+    toeplitz=ssmlib/kernels/cpu/toeplitz_gram.hpp
+    toeplitz=ssmlib/kernels/cpu/toeplitz_quadratic.hpp
+    layers=ssmlib/kernels/cpu/activation.hpp
+    layers=ssmlib/kernels/cpu/conv1d.hpp
+    layers=ssmlib/kernels/cpu/cross_entropy.hpp
+    layers=ssmlib/kernels/cpu/discretize.hpp
+    layers=ssmlib/kernels/cpu/embedding.hpp
+    layers=ssmlib/kernels/cpu/l2_normalize.hpp
+    layers=ssmlib/kernels/cpu/norm.hpp
+    layers=ssmlib/kernels/cpu/rope.hpp
+    layers=ssmlib/kernels/cpu/rows.hpp
+    block_attention=ssmlib/model/make_block.hpp
+    block_discrete_mamba2=ssmlib/model/make_block.hpp
+    block_gated_delta_net=ssmlib/model/make_block.hpp
+    block_linear_attention=ssmlib/model/make_block.hpp
+    block_mamba1=ssmlib/model/make_block.hpp
+    block_mamba2=ssmlib/model/make_block.hpp
+    block_mlp=ssmlib/model/make_block.hpp
+    language_model=ssmlib/model/language_model.hpp
+    safetensors=ssmlib/io/safetensors_impl.hpp)
+if(NOT nlohmann_json_FOUND)
+  list(FILTER ssmlib_families EXCLUDE REGEX "^safetensors=")
+endif()
 
 set(ssmlib_compiled_dir ${PROJECT_BINARY_DIR}/compiled)
 set(ssmlib_compiled_sources ${ssmlib_compiled_dir}/build_flags.cpp)
@@ -14,15 +57,19 @@ file(CONFIGURE OUTPUT ${ssmlib_compiled_dir}/build_flags.cpp CONTENT
 
 extern "C" const char SSMLIB_DETAIL_BUILD_FLAGS = 0;
 ]])
+set(ssmlib_compiled_families)
 foreach(row IN LISTS ssmlib_families)
   string(REGEX MATCH "^([a-z0-9_]+)=(.+)$" matched "${row}")
-  set(family ${CMAKE_MATCH_1})
-  set(header ${CMAKE_MATCH_2})
+  list(APPEND ssmlib_compiled_families ${CMAKE_MATCH_1})
+  string(APPEND ssmlib_includes_${CMAKE_MATCH_1} "#include <${CMAKE_MATCH_2}>\n")
+endforeach()
+list(REMOVE_DUPLICATES ssmlib_compiled_families)
+foreach(family IN LISTS ssmlib_compiled_families)
+  set(includes ${ssmlib_includes_${family}})
   file(CONFIGURE OUTPUT ${ssmlib_compiled_dir}/${family}.cpp CONTENT
 [[// Generated from cmake/compiled.cmake.
 #define SSMLIB_DEFINE_@family@ , template
-#include <@header@>
-]] @ONLY)
+@includes@]] @ONLY)
   list(APPEND ssmlib_compiled_sources ${ssmlib_compiled_dir}/${family}.cpp)
 endforeach()
 
@@ -31,6 +78,10 @@ add_library(ssmlib::compiled ALIAS ssmlib_compiled)
 set_target_properties(ssmlib_compiled PROPERTIES EXPORT_NAME compiled OUTPUT_NAME ssmlib
                                                  POSITION_INDEPENDENT_CODE ON)
 target_link_libraries(ssmlib_compiled PUBLIC ssmlib)
+if(nlohmann_json_FOUND)
+  # For one source file only: those who link the library need no JSON headers.
+  target_link_libraries(ssmlib_compiled PRIVATE $<BUILD_INTERFACE:nlohmann_json::nlohmann_json>)
+endif()
 target_compile_definitions(ssmlib_compiled PUBLIC SSMLIB_COMPILED)
 # Kernels choose their vector width at compile time, so whoever links this library must be compiled
 # for the same instruction set.

@@ -6,8 +6,10 @@ cd "$(dirname "$0")/../.."
 
 listed=$(sed -n '/^set(ssmlib_families/,/)/p' cmake/compiled.cmake | grep -oE '[a-z0-9_]+=[^ )]+' | sort)
 used=$({
-  grep -rnoE --include='*.hpp' '^ *SSMLIB_INSTANTIATE\([a-z0-9_]+' include |
-    sed -E 's,^include/([^:]+):[0-9]+: *SSMLIB_INSTANTIATE\((.*),\2=\1,'
+  grep -rl --include='*.hpp' --exclude=compiled.hpp SSMLIB_INSTANTIATE include | while read -r header; do
+    tr -d ' \\\n' <"$header" | grep -oE 'SSMLIB_INSTANTIATE\([a-z0-9_]+' |
+      sed "s,SSMLIB_INSTANTIATE(\(.*\),\1=${header#include/},"
+  done
   grep -rlw --include='*_impl.hpp' SSMLIB_INLINE include |
     sed -E 's,^include/(.*/([a-z0-9_]+)_impl\.hpp)$,\2=\1,'
 } | sort -u)

@@ -315,4 +315,6 @@ inline void safetensors_writer::write(const std::filesystem::path& path) const {
 
 }  // namespace ssm
 
+#ifndef SSMLIB_COMPILED
 #include <ssmlib/io/safetensors_impl.hpp>
+#endif

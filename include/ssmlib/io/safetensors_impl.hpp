@@ -4,6 +4,7 @@
 /// The JSON header of a safetensors file: the one part of reading and writing it that needs the
 /// JSON library. Included by safetensors.hpp.
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/io/safetensors_header.hpp>
 
 #include <nlohmann/json.hpp>
@@ -15,15 +16,15 @@
 namespace ssm::detail {
 
 /// A count from JSON. @throws io_error  negative, fractional, or no number.
-inline std::uint64_t json_count(const nlohmann::json& value, const std::string& where) {
+SSMLIB_INLINE std::uint64_t json_count(const nlohmann::json& value, const std::string& where) {
   if (!value.is_number_unsigned()) {
     throw io_error(where + " has " + value.dump() + " where a count is wanted");
   }
   return value.get<std::uint64_t>();
 }
 
-inline safetensors_entry parse_entry(const std::string& name, const nlohmann::json& value,
-                                     const std::string& file) {
+SSMLIB_INLINE safetensors_entry parse_entry(const std::string& name, const nlohmann::json& value,
+                                            const std::string& file) {
   const std::string where = file + ": tensor '" + name + "'";
   if (!value.is_object() || !value.contains("dtype") || !value["dtype"].is_string() ||
       !value.contains("shape") || !value["shape"].is_array() || !value.contains("data_offsets") ||
@@ -61,8 +62,8 @@ inline safetensors_entry parse_entry(const std::string& name, const nlohmann::js
 }
 
 /// Every tensor's bytes follow the last one's, from the first byte of the data to the last.
-inline void check_coverage(const std::vector<safetensors_entry>& entries, std::uint64_t data_bytes,
-                           const std::string& file) {
+SSMLIB_INLINE void check_coverage(const std::vector<safetensors_entry>& entries,
+                                  std::uint64_t data_bytes, const std::string& file) {
   std::uint64_t end = 0;
   for (const safetensors_entry& entry : entries) {
     if (entry.end > data_bytes) {
@@ -83,8 +84,9 @@ inline void check_coverage(const std::vector<safetensors_entry>& entries, std::u
   }
 }
 
-inline safetensors_header parse_safetensors_header(std::string_view text, std::uint64_t data_bytes,
-                                                   const std::string& file) {
+SSMLIB_INLINE safetensors_header parse_safetensors_header(std::string_view text,
+                                                          std::uint64_t data_bytes,
+                                                          const std::string& file) {
   std::vector<std::set<std::string>> keys;  // per level: JSON itself lets the last duplicate win
   std::string duplicate;
   const auto watch = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& parsed) {
@@ -132,7 +134,7 @@ inline safetensors_header parse_safetensors_header(std::string_view text, std::u
 }
 
 /// The header's text, padded with spaces so that the data begins at a multiple of 8 bytes.
-inline std::string format_safetensors_header(const safetensors_header& header) {
+SSMLIB_INLINE std::string format_safetensors_header(const safetensors_header& header) {
   nlohmann::ordered_json json = nlohmann::ordered_json::object();
   if (!header.metadata.empty()) json["__metadata__"] = header.metadata;
   for (const safetensors_entry& entry : header.entries) {

@@ -1,10 +1,11 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/model/block.hpp>
 #include <ssmlib/model/config.hpp>
+#include <ssmlib/model/make_block.hpp>
 #include <ssmlib/nn/embedding.hpp>
 #include <ssmlib/nn/linear.hpp>
-#include <ssmlib/nn/mlp.hpp>
 #include <ssmlib/nn/norm.hpp>
 
 #include <functional>
@@ -98,20 +99,7 @@ class language_model {
   /// @param ids     (b, T), or (1, tokens) with a layout of packed sequences
   /// @return        (b, T, d), after the final norm
   [[nodiscard]] tensor<T, 3> hidden(const pass<T>& p, const tensor<std::int32_t, 2>& ids,
-                                    const sequence_layout& layout = {}) const {
-    const sequence_layout all = whole(ids, layout);
-    tensor<T, 3> x = embed(p, ids);
-    for (const auto& b : blocks_) {
-      if (checkpointing_ && p.tape != nullptr) {
-        x = checkpoint(x, p.tape, [&ctx = p.ctx, b, all](const tensor<T, 3>& in, tape<T>* t) {
-          return b->forward({ctx, t, false}, in, all);
-        });
-      } else {
-        x = b->forward(p, x, all);
-      }
-    }
-    return final_norm(p, x);
-  }
+                                    const sequence_layout& layout = {}) const;
 
   /// An empty state. @param max_rollback  the most tokens that rollback() must be able to undo
   [[nodiscard]] model_state initial_state(index_t sequences, index_t max_rollback = 0) const {
@@ -129,49 +117,13 @@ class language_model {
   ///                for pieces of at most 16 tokens the same bits whatever the split and the batch
   [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, model_state& state,
                                      const tensor<std::int32_t, 2>& ids,
-                                     const sequence_layout& layout = {}) const {
-    const sequence_layout pieces = whole(ids, layout);
-    state.positions().check_layout(pieces);
-    const sequence_layout placed = pieces.at_positions(state.positions().all());
-    const pass<T> step{p.ctx, nullptr, pieces.max_length() <= max_fixed_step};
-    tensor<T, 3> x = embed(step, ids);
-    for (std::size_t i = 0; i < blocks_.size(); ++i) {
-      x = blocks_[i]->advance(step, state.layers()[i], x, placed);
-    }
-    for (index_t i = 0; i < pieces.sequences(); ++i) {
-      state.positions().advance(i, pieces.length(i));
-    }
-    return final_norm(step, x);
-  }
+                                     const sequence_layout& layout = {}) const;
 
   /// Every trainable tensor; a tied head is listed once, as the embedding.
-  [[nodiscard]] std::vector<parameter<T>> parameters() const {
-    std::vector<parameter<T>> list = parameters_of<T>(embedding_, "embedding");
-    const auto append = [&](std::vector<parameter<T>> more) {
-      for (auto& p : more)
-        list.push_back(std::move(p));
-    };
-    for (std::size_t i = 0; i < blocks_.size(); ++i) {
-      append(blocks_[i]->parameters("layers." + std::to_string(i)));
-    }
-    std::visit([&](const auto& norm) { append(parameters_of<T>(norm, "final_norm")); }, norm_);
-    if (!config_.tie_embeddings) {
-      append(parameters_of<T>(head_, "lm_head"));
-    } else if (head_.bias) {
-      list.push_back({"lm_head.bias", head_.bias, {head_.bias.size()}, parameter_kind::bias});
-    }
-    return list;
-  }
+  [[nodiscard]] std::vector<parameter<T>> parameters() const;
 
   /// A model of the same config with its own copy of the parameters.
-  [[nodiscard]] language_model clone() const {
-    language_model copy(config_, 0);
-    copy.checkpointing_ = checkpointing_;
-    const auto from = parameters(), to = copy.parameters();
-    for (std::size_t i = 0; i < from.size(); ++i)
-      to[i].value.copy_from(from[i].value);
-    return copy;
-  }
+  [[nodiscard]] language_model clone() const;
 
  private:
   [[nodiscard]] static sequence_layout whole(const tensor<std::int32_t, 2>& ids,
@@ -184,9 +136,8 @@ class language_model {
     return layout;
   }
 
-  template <class Norm>
-  [[nodiscard]] std::shared_ptr<any_block<T>> make_block(char letter, Norm norm,
-                                                         std::uint64_t seed) const;
+  [[nodiscard]] static std::shared_ptr<any_block<T>> make_block(const model_config& c, char letter,
+                                                                std::uint64_t seed);
 
   model_config config_;
   embedding<T> embedding_;
@@ -197,55 +148,93 @@ class language_model {
 };
 
 template <Real T>
-template <class Norm>
-std::shared_ptr<any_block<T>> language_model<T>::make_block(char letter, Norm norm,
-                                                            std::uint64_t seed) const {
-  const model_config& c = config_;
-  // Projections into the residual stream start smaller the more of them there are.
-  const double scale = 1.0 / std::sqrt(static_cast<double>(c.pattern.size()));
-  const auto mixer = [&](auto layer, auto options) -> std::shared_ptr<any_block<T>> {
-    using Mixer = typename decltype(layer)::type;
-    options.width = c.width;
-    options.out_scale = scale;
-    return std::make_shared<mixer_block<T, Norm, Mixer>>(norm, Mixer(options, seed));
+tensor<T, 3> language_model<T>::hidden(const pass<T>& p, const tensor<std::int32_t, 2>& ids,
+                                       const sequence_layout& layout) const {
+  const sequence_layout all = whole(ids, layout);
+  tensor<T, 3> x = embed(p, ids);
+  for (const auto& b : blocks_) {
+    if (checkpointing_ && p.tape != nullptr) {
+      x = checkpoint(x, p.tape, [&ctx = p.ctx, b, all](const tensor<T, 3>& in, tape<T>* t) {
+        return b->forward({ctx, t, false}, in, all);
+      });
+    } else {
+      x = b->forward(p, x, all);
+    }
+  }
+  return final_norm(p, x);
+}
+
+template <Real T>
+tensor<T, 3> language_model<T>::advance(const pass<T>& p, model_state& state,
+                                        const tensor<std::int32_t, 2>& ids,
+                                        const sequence_layout& layout) const {
+  const sequence_layout pieces = whole(ids, layout);
+  state.positions().check_layout(pieces);
+  const sequence_layout placed = pieces.at_positions(state.positions().all());
+  const pass<T> step{p.ctx, nullptr, pieces.max_length() <= max_fixed_step};
+  tensor<T, 3> x = embed(step, ids);
+  for (std::size_t i = 0; i < blocks_.size(); ++i) {
+    x = blocks_[i]->advance(step, state.layers()[i], x, placed);
+  }
+  for (index_t i = 0; i < pieces.sequences(); ++i) {
+    state.positions().advance(i, pieces.length(i));
+  }
+  return final_norm(step, x);
+}
+
+template <Real T>
+std::vector<parameter<T>> language_model<T>::parameters() const {
+  std::vector<parameter<T>> list = parameters_of<T>(embedding_, "embedding");
+  const auto append = [&](std::vector<parameter<T>> more) {
+    for (auto& p : more)
+      list.push_back(std::move(p));
   };
-  const auto with_mlp = [&](auto use) -> std::shared_ptr<any_block<T>> {
-    const mlp_options o{.bias = false, .seed = seed + 50, .output_scale = scale};
-    if (c.mlp == mlp_kind::gelu) return use(gelu_mlp<T>::make(c.width, c.mlp_width(), o));
-    return use(swiglu_mlp<T>::make(c.width, c.mlp_width(), o));
-  };
-  const auto parallel = [&](auto layer, auto options) -> std::shared_ptr<any_block<T>> {
-    using Mixer = typename decltype(layer)::type;
-    options.width = c.width;
-    options.out_scale = scale;
-    return with_mlp([&](auto mlp) -> std::shared_ptr<any_block<T>> {
-      return std::make_shared<parallel_block<T, Norm, Mixer, decltype(mlp)>>(
-          norm, Mixer(options, seed), mlp);
-    });
-  };
+  for (std::size_t i = 0; i < blocks_.size(); ++i) {
+    append(blocks_[i]->parameters("layers." + std::to_string(i)));
+  }
+  std::visit([&](const auto& norm) { append(parameters_of<T>(norm, "final_norm")); }, norm_);
+  if (!config_.tie_embeddings) {
+    append(parameters_of<T>(head_, "lm_head"));
+  } else if (head_.bias) {
+    list.push_back({"lm_head.bias", head_.bias, {head_.bias.size()}, parameter_kind::bias});
+  }
+  return list;
+}
+
+template <Real T>
+language_model<T> language_model<T>::clone() const {
+  language_model copy(config_, 0);
+  copy.checkpointing_ = checkpointing_;
+  const auto from = parameters(), to = copy.parameters();
+  for (std::size_t i = 0; i < from.size(); ++i)
+    to[i].value.copy_from(from[i].value);
+  return copy;
+}
+
+template <Real T>
+std::shared_ptr<any_block<T>> language_model<T>::make_block(const model_config& c, char letter,
+                                                            std::uint64_t seed) {
   switch (letter) {
     case '*':
-      return mixer(std::type_identity<attention<T>>{}, c.attention);
+      return detail::make_mixer_block<attention<T>, T>(c, c.attention, seed);
     case 'M':
-      return mixer(std::type_identity<mamba2<T>>{}, c.mamba2);
+      return detail::make_mixer_block<mamba2<T>, T>(c, c.mamba2, seed);
     case 'm':
-      return mixer(std::type_identity<mamba1<T>>{}, c.mamba1);
+      return detail::make_mixer_block<mamba1<T>, T>(c, c.mamba1, seed);
     case 'D':
-      return mixer(std::type_identity<discrete_mamba2<T>>{}, c.discrete_mamba2);
+      return detail::make_mixer_block<discrete_mamba2<T>, T>(c, c.discrete_mamba2, seed);
     case 'R':
-      return mixer(std::type_identity<retention<T>>{}, c.retention);
+      return detail::make_mixer_block<retention<T>, T>(c, c.retention, seed);
     case 'L':
-      return mixer(std::type_identity<linear_attention<T>>{}, c.linear_attention);
+      return detail::make_mixer_block<linear_attention<T>, T>(c, c.linear_attention, seed);
     case 'G':
-      return mixer(std::type_identity<gated_delta_net<T>>{}, c.gated_delta_net);
+      return detail::make_mixer_block<gated_delta_net<T>, T>(c, c.gated_delta_net, seed);
     case 'P':
-      return parallel(std::type_identity<attention<T>>{}, c.attention);
+      return detail::make_parallel_block<attention<T>, T>(c, c.attention, seed);
     case 'p':
-      return parallel(std::type_identity<discrete_mamba2<T>>{}, c.discrete_mamba2);
+      return detail::make_parallel_block<discrete_mamba2<T>, T>(c, c.discrete_mamba2, seed);
     default:
-      return with_mlp([&](auto mlp) -> std::shared_ptr<any_block<T>> {
-        return std::make_shared<mlp_block<T, Norm, decltype(mlp)>>(norm, mlp);
-      });
+      return detail::make_mlp_block<T>(c, seed);
   }
 }
 
@@ -262,20 +251,9 @@ language_model<T>::language_model(const model_config& config, std::uint64_t seed
   embedding_ =
       embedding<T>::make(config.vocabulary, config.width, part(0), config.embedding_deviation);
   for (std::size_t i = 0; i < config.pattern.size(); ++i) {
-    if (config.norm == norm_kind::rms) {
-      blocks_.push_back(make_block(config.pattern[i],
-                                   rms_norm<T>::make(config.width, {.eps = config.norm_epsilon}),
-                                   part(i + 1)));
-    } else {
-      blocks_.push_back(make_block(
-          config.pattern[i], layer_norm<T>::make(config.width, config.norm_epsilon), part(i + 1)));
-    }
+    blocks_.push_back(make_block(config, config.pattern[i], part(i + 1)));
   }
-  if (config.norm == norm_kind::rms) {
-    norm_ = rms_norm<T>::make(config.width, {.eps = config.norm_epsilon});
-  } else {
-    norm_ = layer_norm<T>::make(config.width, config.norm_epsilon);
-  }
+  detail::with_norm<T>(config, [&](auto norm) { norm_ = std::move(norm); });
   if (config.tie_embeddings) {
     head_.weight = embedding_.weight;
   } else {
@@ -283,5 +261,8 @@ language_model<T>::language_model(const model_config& config, std::uint64_t seed
   }
   if (config.head_bias) head_.bias = tensor<T, 1>::zeros(config.vocabulary);
 }
+
+SSMLIB_INSTANTIATE(language_model, class language_model<float>);
+SSMLIB_INSTANTIATE(language_model, class language_model<double>);
 
 }  // namespace ssm

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/rows.hpp>
 #include <ssmlib/kernels/cpu/simd.hpp>
 
@@ -102,5 +103,19 @@ void gelu_tanh_vjp(const cpu::context& ctx, view<const T, 2> x, view<const T, 2>
     }
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                    \
+  SSMLIB_INSTANTIATE(layers, void swiglu<T>(const cpu::context&, view<const T, 2>,               \
+                                            view<const T, 2>, view<T, 2>));                      \
+  SSMLIB_INSTANTIATE(layers,                                                                     \
+                     void swiglu_vjp<T>(const cpu::context&, view<const T, 2>, view<const T, 2>, \
+                                        view<const T, 2>, view<T, 2>, view<T, 2>));              \
+  SSMLIB_INSTANTIATE(layers,                                                                     \
+                     void gelu_tanh<T>(const cpu::context&, view<const T, 2>, view<T, 2>));      \
+  SSMLIB_INSTANTIATE(layers, void gelu_tanh_vjp<T>(const cpu::context&, view<const T, 2>,        \
+                                                   view<const T, 2>, view<T, 2>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/attention_tile.hpp>
 
 /// @file
@@ -354,5 +355,14 @@ void attention_forward(const cpu::context& ctx, const attention_options& options
     write_rows(work.total, kv.value_width, heads, h, offsets[i], row_begin, rows, y);
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                    \
+  SSMLIB_INSTANTIATE(                                                                            \
+      attention, void attention_forward<T>(const cpu::context&, const attention_options&,        \
+                                           view<const T, 3>, view<const T, 3>, view<const T, 3>, \
+                                           view<T, 3>, const index_t*, index_t))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/attention.hpp>
 
 /// @file
@@ -352,5 +353,15 @@ void attention_backward(const cpu::context& ctx, const attention_options& option
   dk_sums.finish(ctx);
   dv_sums.finish(ctx);
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
+  SSMLIB_INSTANTIATE(                                                                              \
+      attention,                                                                                   \
+      void attention_backward<T>(const cpu::context&, const attention_options&, view<const T, 3>,  \
+                                 view<const T, 3>, view<const T, 3>, view<const T, 3>, view<T, 3>, \
+                                 view<T, 3>, view<T, 3>, const index_t*, index_t))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/attention.hpp>
 
 /// @file
@@ -236,5 +237,16 @@ void attention_advance(const cpu::context& ctx, const attention_options& options
                               begin, std::min(step, longest)});
   }
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                            \
+  SSMLIB_INSTANTIATE(                                                                    \
+      attention,                                                                         \
+      void attention_advance<T>(const cpu::context&, const attention_options&,           \
+                                const attention_cache_shape&, const attention_cache<T>*, \
+                                const index_t*, view<const T, 3>, view<const T, 3>,      \
+                                view<const T, 3>, view<T, 3>, const index_t*, index_t, index_t))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/attention.hpp>
 #include <ssmlib/kernels/cpu/gemm.hpp>
 
@@ -105,5 +106,19 @@ void attention_quadratic_vjp(const cpu::context& ctx, const attention_options& o
     }
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
+  SSMLIB_INSTANTIATE(                                                                              \
+      attention, void attention_quadratic<T>(const cpu::context&, const attention_options&,        \
+                                             view<const T, 3>, view<const T, 3>, view<const T, 3>, \
+                                             view<T, 3>, const index_t*, index_t));                \
+  SSMLIB_INSTANTIATE(                                                                              \
+      attention, void attention_quadratic_vjp<T>(const cpu::context&, const attention_options&,    \
+                                                 view<const T, 3>, view<const T, 3>,               \
+                                                 view<const T, 3>, view<const T, 3>, view<T, 3>,   \
+                                                 view<T, 3>, view<T, 3>, const index_t*, index_t))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

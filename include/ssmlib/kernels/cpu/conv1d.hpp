@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/activation.hpp>
 
 #include <algorithm>
@@ -319,5 +320,16 @@ void conv1d_final_inputs(const conv1d_problem<T>& p, view<T, 3> out) {
     }
   }
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                    \
+  SSMLIB_INSTANTIATE(                                                                            \
+      layers, void causal_conv1d<T>(const cpu::context&, const conv1d_problem<T>&, view<T, 2>)); \
+  SSMLIB_INSTANTIATE(layers,                                                                     \
+                     void causal_conv1d_vjp<T>(const cpu::context&, const conv1d_problem<T>&,    \
+                                               view<const T, 2>, const conv1d_gradients<T>&));   \
+  SSMLIB_INSTANTIATE(layers, void conv1d_final_inputs<T>(const conv1d_problem<T>&, view<T, 3>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/rows.hpp>
 #include <ssmlib/kernels/cpu/simd.hpp>
 
@@ -153,5 +154,18 @@ void kl_divergence_vjp(const divergence_row<T>& r, double divergence, T g, T* d_
         }
       });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                  \
+  SSMLIB_INSTANTIATE(layers, double log_sum_exp<T>(index_t, const T*, T));                     \
+  SSMLIB_INSTANTIATE(layers, void add_softmax<false, T>(index_t, const T*, T, double, T, T*)); \
+  SSMLIB_INSTANTIATE(layers, void add_softmax<true, T>(index_t, const T*, T, double, T, T*));  \
+  SSMLIB_INSTANTIATE(layers, double kl_divergence<T>(const divergence_row<T>&));               \
+  SSMLIB_INSTANTIATE(                                                                          \
+      layers, void kl_divergence_vjp<false, T>(const divergence_row<T>&, double, T, T*, T*));  \
+  SSMLIB_INSTANTIATE(layers,                                                                   \
+                     void kl_divergence_vjp<true, T>(const divergence_row<T>&, double, T, T*, T*))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/gated_linear.hpp>
 
 /// @file
@@ -252,5 +253,16 @@ void delta_rule_recurrent(const cpu::context& ctx, const delta_rule_operands<T>&
     detail::delta_tokens<T>(o, task / o.heads, task % o.heads, initial, final, ring, y);
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                \
+  SSMLIB_INSTANTIATE(                                                                        \
+      gated, void delta_rule_chunked<T>(const cpu::context&, const delta_rule_operands<T>&,  \
+                                        index_t, view<const T, 4>, view<T, 4>, view<T, 3>)); \
+  SSMLIB_INSTANTIATE(gated, void delta_rule_recurrent<T>(                                    \
+                                const cpu::context&, const delta_rule_operands<T>&,          \
+                                view<const T, 4>, view<T, 4>, const state_ring<T>&, view<T, 3>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/delta_rule.hpp>
 
 /// @file
@@ -250,5 +251,14 @@ void delta_rule_vjp(const cpu::context& ctx, const delta_rule_operands<T>& o, in
         .run(initial, d_final);
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                    \
+  SSMLIB_INSTANTIATE(                                                                            \
+      gated, void delta_rule_vjp<T>(const cpu::context&, const delta_rule_operands<T>&, index_t, \
+                                    view<const T, 4>, view<const T, 3>, view<const T, 4>,        \
+                                    const delta_rule_gradients<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/backend/cpu.hpp>
 #include <ssmlib/kernels/cpu/rows.hpp>
 #include <ssmlib/kernels/cpu/simd.hpp>
@@ -101,5 +102,16 @@ void discretize_vjp(const cpu::context& ctx, const discretize_problem<T>& p,
     }
   }
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
+  SSMLIB_INSTANTIATE(layers, void discretize<T>(const cpu::context&, const discretize_problem<T>&, \
+                                                view<T, 2>, view<T, 2>));                          \
+  SSMLIB_INSTANTIATE(                                                                              \
+      layers,                                                                                      \
+      void discretize_vjp<T>(const cpu::context&, const discretize_problem<T>&, view<const T, 2>,  \
+                             view<const T, 2>, const discretize_gradients<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

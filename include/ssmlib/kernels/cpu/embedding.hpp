@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/rows.hpp>
 
 #include <cstdint>
@@ -40,5 +41,14 @@ void embedding_vjp(const cpu::context& ctx, const std::int32_t* ids, view<const 
     }
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                \
+  SSMLIB_INSTANTIATE(layers, void embedding<T>(const cpu::context&, view<const T, 2>,        \
+                                               const std::int32_t*, view<T, 2>));            \
+  SSMLIB_INSTANTIATE(layers, void embedding_vjp<T>(const cpu::context&, const std::int32_t*, \
+                                                   view<const T, 2>, view<T, 2>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

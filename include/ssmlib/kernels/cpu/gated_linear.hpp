@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/backend/cpu.hpp>
 #include <ssmlib/kernels/cpu/gemm.hpp>
 #include <ssmlib/kernels/cpu/reduce.hpp>
@@ -290,5 +291,16 @@ void gated_linear_recurrent(const cpu::context& ctx, const gated_linear_operands
     detail::gated_tokens<T>(o, task / o.heads, task % o.heads, initial, final, ring, y);
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                   \
+  SSMLIB_INSTANTIATE(                                                                           \
+      gated, void gated_linear_chunked<T>(const cpu::context&, const gated_linear_operands<T>&, \
+                                          index_t, view<const T, 4>, view<T, 4>, view<T, 3>));  \
+  SSMLIB_INSTANTIATE(gated, void gated_linear_recurrent<T>(                                     \
+                                const cpu::context&, const gated_linear_operands<T>&,           \
+                                view<const T, 4>, view<T, 4>, const state_ring<T>&, view<T, 3>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

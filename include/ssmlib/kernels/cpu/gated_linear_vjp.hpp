@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/gated_linear.hpp>
 
 /// @file
@@ -216,5 +217,14 @@ void gated_linear_vjp(const cpu::context& ctx, const gated_linear_operands<T>& o
         .run(initial, d_final);
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                               \
+  SSMLIB_INSTANTIATE(                                                                       \
+      gated, void gated_linear_vjp<T>(const cpu::context&, const gated_linear_operands<T>&, \
+                                      index_t, view<const T, 4>, view<const T, 3>,          \
+                                      view<const T, 4>, const gated_linear_gradients<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -374,4 +374,33 @@ void gemm_upper_left(std::type_identity_t<T> alpha, std::type_identity_t<view<co
   detail::run_gemm<T>(nullptr, detail::gemm_part::lower_left, alpha, a_back, b_back, beta, c_back);
 }
 
+#define SSMLIB_DETAIL_LIST(T)                                                                     \
+  SSMLIB_INSTANTIATE(gemm, void gemm<T>(const cpu::context&, std::type_identity_t<T>,             \
+                                        std::type_identity_t<view<const T, 2>>,                   \
+                                        std::type_identity_t<view<const T, 2>>,                   \
+                                        std::type_identity_t<T>, view<T, 2>));                    \
+  SSMLIB_INSTANTIATE(                                                                             \
+      gemm,                                                                                       \
+      void gemm<T>(std::type_identity_t<T>, std::type_identity_t<view<const T, 2>>,               \
+                   std::type_identity_t<view<const T, 2>>, std::type_identity_t<T>, view<T, 2>)); \
+  SSMLIB_INSTANTIATE(                                                                             \
+      gemm, void gemm_lower<T>(std::type_identity_t<T>, std::type_identity_t<view<const T, 2>>,   \
+                               std::type_identity_t<view<const T, 2>>, std::type_identity_t<T>,   \
+                               view<T, 2>));                                                      \
+  SSMLIB_INSTANTIATE(gemm, void gemm_lower<T>(const cpu::context&, std::type_identity_t<T>,       \
+                                              std::type_identity_t<view<const T, 2>>,             \
+                                              std::type_identity_t<view<const T, 2>>,             \
+                                              std::type_identity_t<T>, view<T, 2>));              \
+  SSMLIB_INSTANTIATE(gemm, void gemm_lower_left<T>(std::type_identity_t<T>,                       \
+                                                   std::type_identity_t<view<const T, 2>>,        \
+                                                   std::type_identity_t<view<const T, 2>>,        \
+                                                   std::type_identity_t<T>, view<T, 2>));         \
+  SSMLIB_INSTANTIATE(gemm, void gemm_upper_left<T>(std::type_identity_t<T>,                       \
+                                                   std::type_identity_t<view<const T, 2>>,        \
+                                                   std::type_identity_t<view<const T, 2>>,        \
+                                                   std::type_identity_t<T>, view<T, 2>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
+
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/masked_quadratic.hpp>
 
 /// @file
@@ -89,5 +90,15 @@ void gram_associative_vjp(const cpu::context& ctx, const quadratic_problem<T>& p
   if (dk) add_rows(dk, p.x, d_state, true);
   if (dx) add_rows(dx, p.k, d_state, false);
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                  \
+  SSMLIB_INSTANTIATE(gram, void gram_associative<T>(const cpu::context&,                       \
+                                                    const quadratic_problem<T>&, view<T, 3>)); \
+  SSMLIB_INSTANTIATE(                                                                          \
+      gram, void gram_associative_vjp<T>(const cpu::context&, const quadratic_problem<T>&,     \
+                                         view<const T, 3>, view<T, 3>, view<T, 3>, view<T, 3>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/backend/cpu.hpp>
 #include <ssmlib/kernels/cpu/reduce.hpp>
 #include <ssmlib/tensor/view.hpp>
@@ -56,5 +57,14 @@ void l2_normalize_vjp(const cpu::context& ctx, view<const T, 3> x, T eps, view<c
     axpy(n, -inverse * along, from, &dx(t, h, 0));
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                     \
+  SSMLIB_INSTANTIATE(layers,                                                                      \
+                     void l2_normalize<T>(const cpu::context&, view<const T, 3>, T, view<T, 3>)); \
+  SSMLIB_INSTANTIATE(layers, void l2_normalize_vjp<T>(const cpu::context&, view<const T, 3>, T,   \
+                                                      view<const T, 3>, view<T, 3>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

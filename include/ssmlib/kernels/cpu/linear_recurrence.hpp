@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/ssd_parts.hpp>
 
 namespace ssm::kernels {
@@ -164,5 +165,13 @@ void linear_recurrence(const cpu::context& ctx, const ssd_problem<T>& p, view<T,
                           lane_task(task);
                       });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                \
+  SSMLIB_INSTANTIATE(                                                                        \
+      ssd, void linear_recurrence<T>(const cpu::context&, const ssd_problem<T>&, view<T, 3>, \
+                                     const ssd_states<T>&, const state_snapshots<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/backend/cpu.hpp>
 #include <ssmlib/kernels/cpu/gemm.hpp>
 #include <ssmlib/kernels/cpu/reduce.hpp>
@@ -290,5 +291,31 @@ void masked_quadratic_mask_vjp(const cpu::context& ctx, const quadratic_problem<
     }
   }
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
+  SSMLIB_INSTANTIATE(                                                                              \
+      gram, void masked_quadratic<T, no_mask<T>>(const cpu::context&, const quadratic_problem<T>&, \
+                                                 const no_mask<T>&, view<T, 3>));                  \
+  SSMLIB_INSTANTIATE(gram, void masked_quadratic<T, band_mask<T>>(                                 \
+                               const cpu::context&, const quadratic_problem<T>&,                   \
+                               const band_mask<T>&, view<T, 3>));                                  \
+  SSMLIB_INSTANTIATE(gram, void masked_quadratic<T, toeplitz_entries<T>>(                          \
+                               const cpu::context&, const quadratic_problem<T>&,                   \
+                               const toeplitz_entries<T>&, view<T, 3>));                           \
+  SSMLIB_INSTANTIATE(gram,                                                                         \
+                     void masked_quadratic_vjp<T, no_mask<T>>(                                     \
+                         const cpu::context&, const quadratic_problem<T>&, const no_mask<T>&,      \
+                         view<const T, 3>, view<T, 3>, view<T, 3>, view<T, 3>));                   \
+  SSMLIB_INSTANTIATE(gram,                                                                         \
+                     void masked_quadratic_vjp<T, band_mask<T>>(                                   \
+                         const cpu::context&, const quadratic_problem<T>&, const band_mask<T>&,    \
+                         view<const T, 3>, view<T, 3>, view<T, 3>, view<T, 3>));                   \
+  SSMLIB_INSTANTIATE(                                                                              \
+      gram, void masked_quadratic_vjp<T, toeplitz_entries<T>>(                                     \
+                const cpu::context&, const quadratic_problem<T>&, const toeplitz_entries<T>&,      \
+                view<const T, 3>, view<T, 3>, view<T, 3>, view<T, 3>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/activation.hpp>
 
 #include <cmath>
@@ -249,5 +250,20 @@ void layer_norm_vjp(const cpu::context& ctx, view<const T, 2> x, const T* weight
   if (d.weight) add_parts(pieces, width, parts.data(), d.weight);
   if (d.bias) add_column_sums(ctx, dy, d.bias);
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                    \
+  SSMLIB_INSTANTIATE(layers, void rms_norm<T>(const cpu::context&, gate_order,                   \
+                                              const rms_norm_problem<T>&, view<T, 2>));          \
+  SSMLIB_INSTANTIATE(                                                                            \
+      layers, void rms_norm_vjp<T>(const cpu::context&, gate_order, const rms_norm_problem<T>&,  \
+                                   view<const T, 2>, const rms_norm_gradients<T>&));             \
+  SSMLIB_INSTANTIATE(layers, void layer_norm<T>(const cpu::context&, view<const T, 2>, const T*, \
+                                                const T*, T, view<T, 2>));                       \
+  SSMLIB_INSTANTIATE(layers,                                                                     \
+                     void layer_norm_vjp<T>(const cpu::context&, view<const T, 2>, const T*, T,  \
+                                            view<const T, 2>, const layer_norm_gradients<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/backend/cpu.hpp>
 #include <ssmlib/kernels/cpu/pack.hpp>
 #include <ssmlib/tensor/view.hpp>
@@ -176,5 +177,16 @@ void rope_rotate(const cpu::context& ctx, bool interleaved, bool backwards, view
     }
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
+  SSMLIB_INSTANTIATE(layers,                                                                       \
+                     void rope_rotate<false, T>(const cpu::context&, bool, bool, view<const T, 3>, \
+                                                view<const T, 3>, view<T, 3>));                    \
+  SSMLIB_INSTANTIATE(layers,                                                                       \
+                     void rope_rotate<true, T>(const cpu::context&, bool, bool, view<const T, 3>,  \
+                                               view<const T, 3>, view<T, 3>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/backend/cpu.hpp>
 #include <ssmlib/kernels/cpu/reduce.hpp>
 #include <ssmlib/tensor/view.hpp>
@@ -87,5 +88,11 @@ void add_parts(index_t count, index_t n, T* parts, T* out) {
     axpy(n, T(1), parts + p * n, parts);
   if (count > 0) axpy(n, T(1), parts, out);
 }
+
+#define SSMLIB_DETAIL_LIST(T) \
+  SSMLIB_INSTANTIATE(layers, void add_column_sums<T>(const cpu::context&, view<const T, 2>, T*))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/backend/cpu.hpp>
 #include <ssmlib/kernels/cpu/selective_parts.hpp>
 
@@ -289,5 +290,14 @@ void selective_scan(const cpu::context& ctx, const selective_operands<T>& o, ind
   if (o.channels() == 0 || o.sequences == 0) return;
   detail::selective_forward<T>(o, block, initial, final, ring, y).run(ctx);
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                            \
+  SSMLIB_INSTANTIATE(                                                                    \
+      selective,                                                                         \
+      void selective_scan<T>(const cpu::context&, const selective_operands<T>&, index_t, \
+                             view<const T, 3>, view<T, 3>, const selective_ring<T>&, view<T, 2>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

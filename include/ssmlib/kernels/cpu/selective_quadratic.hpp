@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/selective_vjp.hpp>
 
 #include <cmath>
@@ -12,7 +13,8 @@ namespace ssm::kernels {
 
 namespace detail {
 
-/// One channel of one sequence. Sums of delta over (s, t] are differences of running sums.
+/// One channel of one sequence. Sums of delta over (s, t] are differences of running sums, which are
+/// kept with what rounding took from them: a large step leaves later small ones exact.
 template <Real T>
 class selective_channel {
  public:
@@ -23,10 +25,14 @@ class selective_channel {
         channel_(channel),
         c_group_(channel * o.c.extents[1] / o.channels()),
         b_group_(channel * o.b.extents[1] / o.channels()),
-        sums_(length_ + 1) {
-    sums_[0] = 0;
-    for (index_t t = 0; t < length_; ++t)
-      sums_[t + 1] = sums_[t] + delta(t);
+        sums_(length_ + 1),
+        lost_(length_ + 1) {
+    sums_[0] = lost_[0] = 0;
+    for (index_t t = 0; t < length_; ++t) {
+      const double before = sums_[t], step = delta(t), sum = before + step, added = sum - before;
+      sums_[t + 1] = sum;
+      lost_[t + 1] = lost_[t] + ((before - (sum - added)) + (step - added));
+    }
   }
 
   [[nodiscard]] index_t length() const { return length_; }
@@ -39,7 +45,9 @@ class selective_channel {
   [[nodiscard]] double c(index_t t, index_t n) const { return value(o_.c(row(t), c_group_, n)); }
   [[nodiscard]] double b(index_t t, index_t n) const { return value(o_.b(row(t), b_group_, n)); }
   /// delta_first + ... + delta_{end-1}
-  [[nodiscard]] double steps(index_t first, index_t end) const { return sums_[end] - sums_[first]; }
+  [[nodiscard]] double steps(index_t first, index_t end) const {
+    return (sums_[end] - sums_[first]) + (lost_[end] - lost_[first]);
+  }
   [[nodiscard]] double decay(index_t first, index_t end, index_t n) const {
     return first == end ? 1.0 : std::exp(a(n) * steps(first, end));
   }
@@ -49,7 +57,7 @@ class selective_channel {
 
   const selective_operands<T>& o_;
   index_t begin_, length_, channel_, c_group_, b_group_;
-  scratch<double> sums_;
+  scratch<double> sums_, lost_;
 };
 
 }  // namespace detail
@@ -145,5 +153,17 @@ void selective_quadratic_vjp(const selective_operands<T>& o, view<const T, 3> in
     }
   }
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                    \
+  SSMLIB_INSTANTIATE(                                                                            \
+      selective, void selective_quadratic<T>(const cpu::context&, const selective_operands<T>&,  \
+                                             view<const T, 3>, view<T, 3>, view<T, 2>));         \
+  SSMLIB_INSTANTIATE(                                                                            \
+      selective, void selective_quadratic_vjp<T>(const selective_operands<T>&, view<const T, 3>, \
+                                                 view<const T, 2>, view<const T, 3>,             \
+                                                 const selective_gradients<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

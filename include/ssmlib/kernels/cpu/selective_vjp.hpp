@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/selective.hpp>
 
 /// @file
@@ -308,5 +309,14 @@ void selective_scan_vjp(const cpu::context& ctx, const selective_operands<T>& o,
   if (o.channels() == 0 || o.sequences == 0) return;
   detail::selective_backward<T>(o, initial, dy, d_final, gradients).run(ctx);
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                     \
+  SSMLIB_INSTANTIATE(                                                                             \
+      selective, void selective_scan_vjp<T>(const cpu::context&, const selective_operands<T>&,    \
+                                            view<const T, 3>, view<const T, 2>, view<const T, 3>, \
+                                            const selective_gradients<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

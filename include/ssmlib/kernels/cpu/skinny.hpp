@@ -221,4 +221,14 @@ requires(!std::is_const_v<W>) void rows_times_transposed(
   rows_times_transposed<T, W>(ctx, x, view<const W, 2>(w), y, bias, beta);
 }
 
+#define SSMLIB_DETAIL_LIST(T, W)                                                               \
+  SSMLIB_INSTANTIATE(                                                                          \
+      gemm, void rows_times_transposed<T, W>(                                                  \
+                const cpu::context&, std::type_identity_t<view<const T, 2>>, view<const W, 2>, \
+                view<T, 2>, std::type_identity_t<view<const T, 1>>, std::type_identity_t<T>))
+SSMLIB_DETAIL_LIST(float, float);
+SSMLIB_DETAIL_LIST(float, bf16);
+SSMLIB_DETAIL_LIST(double, double);
+#undef SSMLIB_DETAIL_LIST
+
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/ssd_parts.hpp>
 
 #include <optional>
@@ -165,5 +166,12 @@ void ssd_forward(const cpu::context& ctx, const ssd_problem<T>& p, index_t chunk
     first = wave.last;
   }
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
+  SSMLIB_INSTANTIATE(ssd, void ssd_forward<T>(const cpu::context&, const ssd_problem<T>&, index_t, \
+                                              view<T, 3>, const ssd_states<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/ssd_backward.hpp>
 
 namespace ssm::kernels {
@@ -272,5 +273,13 @@ void ssd_vjp(const cpu::context& ctx, const ssd_problem<T>& p, index_t chunk, vi
     first = w.wave.last;
   }
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                     \
+  SSMLIB_INSTANTIATE(                                                                             \
+      ssd, void ssd_vjp<T>(const cpu::context&, const ssd_problem<T>&, index_t, view<const T, 3>, \
+                           const ssd_gradients<T>&, const ssd_state_gradients<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/fft.hpp>
 #include <ssmlib/kernels/cpu/rows.hpp>
 
@@ -239,5 +240,15 @@ void toeplitz_fft_vjp(const cpu::context& ctx, const toeplitz_problem<T>& p, vie
     add_correlations(ctx, plan, length, p.heads, blocks * slices, parts.data(), g.kernel);
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                  \
+  SSMLIB_INSTANTIATE(toeplitz, void toeplitz_fft<T>(const cpu::context&,                       \
+                                                    const toeplitz_problem<T>&, view<T, 3>));  \
+  SSMLIB_INSTANTIATE(toeplitz,                                                                 \
+                     void toeplitz_fft_vjp<T>(const cpu::context&, const toeplitz_problem<T>&, \
+                                              view<const T, 3>, const toeplitz_gradients<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

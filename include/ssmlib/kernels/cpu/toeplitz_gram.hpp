@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/toeplitz.hpp>
 
 /// @file
@@ -177,5 +178,15 @@ void toeplitz_gram_fft_vjp(const cpu::context& ctx, const toeplitz_problem<T>& p
     });
   });
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
+  SSMLIB_INSTANTIATE(toeplitz, void toeplitz_gram_fft<T>(const cpu::context&,                      \
+                                                         const toeplitz_problem<T>&, view<T, 3>)); \
+  SSMLIB_INSTANTIATE(                                                                              \
+      toeplitz, void toeplitz_gram_fft_vjp<T>(const cpu::context&, const toeplitz_problem<T>&,     \
+                                              view<const T, 3>, const toeplitz_gradients<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/masked_quadratic.hpp>
 #include <ssmlib/kernels/cpu/toeplitz.hpp>
 
@@ -90,5 +91,15 @@ void toeplitz_quadratic_vjp(const cpu::context& ctx, const toeplitz_problem<T>& 
     masked_quadratic_mask_vjp<T>(ctx, q, toeplitz_entries<T>{p.kernel, p.heads}, dy, g.kernel);
   }
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                     \
+  SSMLIB_INSTANTIATE(toeplitz, void toeplitz_quadratic<T>(                                        \
+                                   const cpu::context&, const toeplitz_problem<T>&, view<T, 3>)); \
+  SSMLIB_INSTANTIATE(                                                                             \
+      toeplitz, void toeplitz_quadratic_vjp<T>(const cpu::context&, const toeplitz_problem<T>&,   \
+                                               view<const T, 3>, const toeplitz_gradients<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::kernels
