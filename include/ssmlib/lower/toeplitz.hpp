@@ -101,6 +101,13 @@ void apply_mixer_vjp(const cpu::context& ctx, alg::quadratic a, const toeplitz_m
   detail::toeplitz_vjp(ctx, a, m, x, dy, dm, dx, c);
 }
 
+/// Transforms win from about 512 tokens for a few columns of X and from 128 for many.
+template <Real T, Backend B>
+[[nodiscard]] std::string_view choose_algorithm(const toeplitz_mask<T, B>&, index_t length,
+                                                index_t width) {
+  return length >= (width >= 32 ? 128 : 512) ? alg::structured::name : alg::quadratic::name;
+}
+
 // ---- (L o Q K^T) V ------------------------------------------------------------------------------
 
 /// @cost O(N P T log T) a head, O(T) memory a task.
@@ -162,6 +169,14 @@ void apply_mixer_vjp(const cpu::context& ctx, alg::quadratic,
   kernels::masked_quadratic_mask_vjp<T>(
       ctx, {p.q, p.k, p.x, p.alpha, heads, p.offsets, p.sequences}, tokens.entries(),
       d_out.const_view(), dm.mask.kernel.view());
+}
+
+/// Transforms cost N P channels, blocks T (N + P): measured equal at T = 150 N P / (N + P).
+template <Real T, Backend B, FeatureMap Phi>
+[[nodiscard]] std::string_view choose_algorithm(
+    const masked_gram<toeplitz_mask<T, B>, T, B, Phi>& m, index_t length, index_t width) {
+  const index_t n = m.key_size();
+  return length * (n + width) >= 150 * n * width ? alg::structured::name : alg::quadratic::name;
 }
 
 }  // namespace ssm
