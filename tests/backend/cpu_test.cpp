@@ -1,4 +1,4 @@
-#include "tests/support/catch.hpp"
+#include "support/catch.hpp"
 #include <ssmlib/backend/cpu.hpp>
 
 #include <atomic>

@@ -1,5 +1,5 @@
-#include "tests/model/small_models.hpp"
-#include "tests/support/catch.hpp"
+#include "model/small_models.hpp"
+#include "support/catch.hpp"
 #include <ssmlib/distill/mohawk.hpp>
 
 #include <cmath>

@@ -1,4 +1,4 @@
-#include "tests/support/catch.hpp"
+#include "support/catch.hpp"
 #include <ssmlib/grad/tape.hpp>
 #include <ssmlib/lower/elementwise.hpp>
 #include <ssmlib/lower/softmax.hpp>

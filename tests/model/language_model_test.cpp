@@ -1,5 +1,5 @@
-#include "tests/model/small_models.hpp"
-#include "tests/support/catch.hpp"
+#include "model/small_models.hpp"
+#include "support/catch.hpp"
 #include <ssmlib/model/language_model.hpp>
 #include <ssmlib/train/next_token.hpp>
 

@@ -1,4 +1,4 @@
-#include "tests/support/catch.hpp"
+#include "support/catch.hpp"
 #include <ssmlib/tensor/layout.hpp>
 #include <ssmlib/tensor/random.hpp>
 #include <ssmlib/tensor/tensor.hpp>
