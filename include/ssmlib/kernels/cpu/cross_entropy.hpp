@@ -146,7 +146,10 @@ void kl_divergence_vjp(const divergence_row<T>& r, double divergence, T g, T* d_
   detail::for_divergence(
       r, 0, r.n, [&](index_t i, index_t count, P p, P log_ratio) SSMLIB_LAMBDA_INLINE {
         if (d_student) {
-          const P q = student(detail::load_up_to(r.student + i, count));
+          // Rounded before p is taken from it, so that equal rows have the gradient 0: a compiler
+          // may otherwise fuse the product at the end of q with the difference.
+          P q = student(detail::load_up_to(r.student + i, count));
+          asm("" : "+m"(q));
           put(d_student + i, count, P(g) * (q - p));
         }
         if (d_teacher) {
