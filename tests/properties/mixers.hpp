@@ -49,7 +49,7 @@ struct operands {
         log_gate(random<4>({s.batch, s.length, s.heads, s.keys}, -0.5, 0)),
         log_decay(random<3>({s.batch, s.length, s.heads}, -0.5, 0)),
         step(random<3>({s.batch, s.length, s.heads}, 0.05, 0.95)),
-        kernel(random<2>({s.heads, s.length}, -1, 1)),
+        kernel(random<2>({s.heads, s.batch * s.length}, -1, 1)),
         a(random<2>({s.heads, s.keys}, -2, -0.1)),
         gamma(random<1>({s.heads}, 0.8, 1)),
         d(random<1>({s.heads}, -1, 1)) {
