@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/kernels/cpu/simd.hpp>
 #include <ssmlib/mixer/panels.hpp>
 #include <ssmlib/nn/pass.hpp>
 
@@ -11,48 +12,79 @@ namespace ssm {
 
 namespace detail {
 
-/// difference = student - teacher, both (rows, heads, columns), heads broadcast to the larger
-/// count; adds the squared entries per head to `sums`.
+/// Adds the squared entries of student - teacher to `sums`, per head; both are panels (rows, heads,
+/// columns), heads broadcast to the larger count.
 template <Real T>
-[[nodiscard]] tensor<T, 3> matrix_difference(const cpu::context& ctx, const tensor<T, 3>& student,
-                                             const tensor<T, 3>& teacher,
-                                             std::vector<double>& sums) {
-  const index_t heads = std::max(student.extent(1), teacher.extent(1));
-  tensor<T, 3> d(student.extent(0), heads, student.extent(2));
-  ctx.parallel_for(heads, [&](index_t h) {
+void add_squared_differences(const cpu::context& ctx, const tensor<T, 3>& student,
+                             const tensor<T, 3>& teacher, std::vector<double>& sums) {
+  using P = simd::pack<T>;
+  const index_t rows = student.extent(0), columns = student.extent(2);
+  const index_t heads = static_cast<index_t>(sums.size());
+  // One sum a row, so that the order of the additions is not that of the threads.
+  const auto row_sums = tensor<double, 2>(heads, rows);
+  for_row_blocks(ctx, rows, heads, [&](index_t h, index_t r0, index_t r1) {
     const index_t hs = group_of(h, heads, student.extent(1));
     const index_t ht = group_of(h, heads, teacher.extent(1));
-    double sum = 0;
-    for (index_t r = 0; r < d.extent(0); ++r) {
+    for (index_t r = r0; r < r1; ++r) {
       const T* m = &student(r, hs, 0);
       const T* a = &teacher(r, ht, 0);
-      T* out = &d(r, h, 0);
-      double row = 0;
-      for (index_t s = 0; s < d.extent(2); ++s) {
-        out[s] = m[s] - a[s];
-        row += static_cast<double>(out[s]) * static_cast<double>(out[s]);
+      P sum(T(0));
+      index_t s = 0;
+      for (; s + P::width <= columns; s += P::width) {
+        const P d = P::load(m + s) - P::load(a + s);
+        sum = simd::fma(d, d, sum);
       }
-      sum += row;
+      if (s < columns) {
+        const P d = P::load_part(m + s, columns - s) - P::load_part(a + s, columns - s);
+        sum = simd::fma(d, d, sum);
+      }
+      row_sums(h, r) = static_cast<double>(simd::horizontal_sum(sum));
     }
-    sums[static_cast<std::size_t>(h)] += sum;
   });
-  return d;
+  for (index_t h = 0; h < heads; ++h) {
+    for (index_t r = 0; r < rows; ++r)
+      sums[static_cast<std::size_t>(h)] += row_sums(h, r);
+  }
 }
 
-/// Sums the heads of d that share one of `heads` heads, each with its factor.
+/// to[i] += f (x[i] - y[i])
 template <Real T>
-[[nodiscard]] tensor<T, 3> fold_heads(const tensor<T, 3>& d, index_t heads,
-                                      const std::vector<T>& factor) {
-  auto out = tensor<T, 3>::zeros(d.extent(0), heads, d.extent(2));
-  for (index_t r = 0; r < d.extent(0); ++r) {
-    for (index_t h = 0; h < d.extent(1); ++h) {
-      const T f = factor[static_cast<std::size_t>(h)];
-      T* to = &out(r, group_of(h, d.extent(1), heads), 0);
-      const T* from = &d(r, h, 0);
-      for (index_t s = 0; s < d.extent(2); ++s)
-        to[s] += f * from[s];
+void add_scaled_difference(index_t n, T f, const T* x, const T* y, T* to) {
+  using P = simd::pack<T>;
+  index_t i = 0;
+  for (; i + P::width <= n; i += P::width)
+    simd::fma(P(f), P::load(x + i) - P::load(y + i), P::load(to + i)).store(to + i);
+  for (; i < n; ++i)
+    to[i] = simd::fma(f, x[i] - y[i], to[i]);
+}
+
+/// The gradient of the student's panel: student - teacher with its factor per head, summed over
+/// the heads that share one of the student's. Where heads are one to one, it replaces `teacher`.
+template <Real T>
+[[nodiscard]] tensor<T, 3> folded_difference(const cpu::context& ctx, const tensor<T, 3>& student,
+                                             const tensor<T, 3>& teacher,
+                                             const std::vector<T>& factor) {
+  using P = simd::pack<T>;
+  const index_t heads = static_cast<index_t>(factor.size()), own = student.extent(1);
+  const index_t columns = student.extent(2);
+  const bool in_place = own == heads && teacher.extent(1) == heads;
+  const tensor<T, 3> out = in_place ? teacher : tensor<T, 3>(student.extents());
+  for_row_blocks(ctx, student.extent(0), own, [&](index_t g, index_t r0, index_t r1) {
+    const index_t first = g * heads / own, last = (g + 1) * heads / own;
+    for (index_t r = r0; r < r1; ++r) {
+      for (index_t h = first; h < last; ++h) {
+        const T* m = &student(r, g, 0);
+        const T* a = &teacher(r, group_of(h, heads, teacher.extent(1)), 0);
+        const T f = factor[static_cast<std::size_t>(h)];
+        if (h == first) {
+          simd::map<T>(columns, m, a, &out(r, g, 0),
+                       [f](P x, P y) SSMLIB_LAMBDA_INLINE { return P(f) * (x - y); });
+        } else {
+          add_scaled_difference(columns, f, m, a, &out(r, g, 0));
+        }
+      }
     }
-  }
+  });
   return out;
 }
 
@@ -103,7 +135,7 @@ template <Real T>
   for (index_t i = 0; i < layout.sequences(); ++i) {
     std::vector<double> sums(static_cast<std::size_t>(heads), 0.0);
     detail::for_each_panel(*teacher, *student, i, [&](index_t row, index_t s0, index_t s1) {
-      (void)detail::matrix_difference(p.ctx, student->panel(p.ctx, i, row, s0, s1),
+      detail::add_squared_differences(p.ctx, student->panel(p.ctx, i, row, s0, s1),
                                       teacher->panel(p.ctx, i, row, s0, s1), sums);
     });
     for (const double sum : sums) {
@@ -117,7 +149,6 @@ template <Real T>
   p.tape->record(loss, [loss, norms, count, heads, teacher, student, t = p.tape, &ctx = p.ctx] {
     const sequence_layout& sequences = student->layout();
     const double upstream = static_cast<double>(t->gradient(loss)(0));
-    std::vector<double> unused(static_cast<std::size_t>(heads));
     for (index_t i = 0; i < sequences.sequences(); ++i) {
       std::vector<T> factor;
       for (index_t h = 0; h < heads; ++h) {
@@ -129,11 +160,10 @@ template <Real T>
         if (!second && !student->needs_row_sums()) continue;
         detail::for_each_panel(*teacher, *student, i, [&](index_t row, index_t s0, index_t s1) {
           const tensor<T, 3> m = student->panel(ctx, i, row, s0, s1);
-          const tensor<T, 3> d = detail::fold_heads(
-              detail::matrix_difference(ctx, m, teacher->panel(ctx, i, row, s0, s1), unused),
-              student->heads(), factor);
+          const tensor<T, 3> d =
+              detail::folded_difference(ctx, m, teacher->panel(ctx, i, row, s0, s1), factor);
           if (second) {
-            student->add_vjp(ctx, i, row, s0, d);
+            student->add_vjp(ctx, i, row, s0, m, d);
           } else {
             student->observe(ctx, i, row, s0, m, d);
           }

@@ -1,0 +1,81 @@
+#pragma once
+
+#include <ssmlib/expr/concepts.hpp>
+#include <ssmlib/grad/tape.hpp>
+#include <ssmlib/lower/tokens.hpp>
+
+#include <algorithm>
+#include <string>
+
+namespace ssm {
+
+/// A T x T matrix of any mixer, read and differentiated a few columns at a time, so that two
+/// mixers can be compared entry by entry in O(T) memory. The type behind it is erased: whatever
+/// models MatrixMixer can meet whatever else does (MOHAWK's matrix orientation).
+template <Real T>
+class matrix_panels {
+ public:
+  virtual ~matrix_panels() = default;
+
+  [[nodiscard]] virtual const sequence_layout& layout() const = 0;
+  [[nodiscard]] virtual index_t heads() const = 0;
+  /// True where entries above the diagonal are zero, so that rows before the panel need no look.
+  [[nodiscard]] virtual bool is_causal() const = 0;
+
+  /// Columns [s0, s1), rows [row, end of sequence i); tokens count over the batch.
+  /// @return (rows, heads, s1 - s0), the caller's own; unit stride along the columns
+  [[nodiscard]] virtual tensor<T, 3> panel(const cpu::context& ctx, index_t i, index_t row,
+                                           index_t s0, index_t s1) const = 0;
+
+  /// Whether the gradient needs sums over whole rows. If so, observe() is shown every panel of a
+  /// sequence with its gradient before the first add_vjp() of that sequence.
+  [[nodiscard]] virtual bool needs_row_sums() const { return false; }
+  virtual void observe(const cpu::context&, index_t /*i*/, index_t /*row*/, index_t /*s0*/,
+                       const tensor<T, 3>& /*values*/, const tensor<T, 3>& /*d*/) {}
+  /// Adds the vector-Jacobian product of one panel to the gradients of the mixer's operands.
+  /// @param values  what panel() returned
+  /// @param d       the gradient of the panel, of the same shape
+  virtual void add_vjp(const cpu::context& ctx, index_t i, index_t row, index_t s0,
+                       const tensor<T, 3>& values, const tensor<T, 3>& d) = 0;
+};
+
+namespace detail {
+
+/// The gradient of an operand that lies (batch, time, ...), for adding to by token; absent if it
+/// is not wanted.
+template <Real T, int R>
+[[nodiscard]] tensor<T, R - 1> gradient_tokens(tape<T>* t, const tensor<T, R>& operand_tensor) {
+  if (t == nullptr) return {};
+  const tensor<T, R> gradient = t->gradient(operand_tensor);
+  if (gradient && !is_token_major(gradient)) {
+    throw shape_error(
+        "ssm: panels: the operand " + to_string<R>(gradient.extents()) +
+        ", whose gradient is wanted, is a slice along time; wanted batch and time that "
+        "merge, take all of time");
+  }
+  return input_tokens(gradient);
+}
+
+/// f(head, r0, r1) for blocks of rows of every head, in parallel; the blocks depend on the sizes
+/// only.
+template <class F>
+void for_row_blocks(const cpu::context& ctx, index_t rows, index_t heads, F f) {
+  constexpr index_t block = 256;  // by 64 columns: what the second-level cache holds
+  const index_t blocks = (rows + block - 1) / block;
+  ctx.parallel_for(blocks * heads, [&](index_t task) {
+    const index_t r0 = task % blocks * block;
+    f(task / blocks, r0, std::min(rows, r0 + block));
+  });
+}
+
+/// All rows of one head of a panel.
+template <Real T>
+[[nodiscard]] view<T, 2> rows_of_head(const tensor<T, 3>& t, index_t h, index_t begin,
+                                      index_t end) {
+  return {t.data() + begin * t.strides()[0] + h * t.strides()[1],
+          {end - begin, t.extent(2)},
+          {t.strides()[0], t.strides()[2]}};
+}
+
+}  // namespace detail
+}  // namespace ssm
