@@ -26,10 +26,11 @@ namespace detail {
 /// Packs the tokens of all sequences for advance(). @pre rows.size() is the number of sequences
 struct packed_ids {
   explicit packed_ids(const token_rows& rows) {
-    std::vector<index_t> lengths;
-    for (const auto& row : rows)
-      lengths.push_back(static_cast<index_t>(row.size()));
-    layout = sequence_layout::from_lengths(lengths);
+    // From the pool: a decoding step does not reach the system allocator.
+    const tensor<index_t, 1> lengths(static_cast<index_t>(rows.size()));
+    for (std::size_t i = 0; i < rows.size(); ++i)
+      lengths.data()[i] = static_cast<index_t>(rows[i].size());
+    layout = sequence_layout::from_lengths(std::span<const index_t>(lengths.data(), rows.size()));
     ids = tensor<std::int32_t, 2>(1, layout.tokens());
     index_t t = 0;
     for (const auto& row : rows) {
