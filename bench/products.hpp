@@ -65,11 +65,18 @@ void add_series(session& s, const sweep_entry& entry, Make make, Alg algorithm, 
   const double exponent = Alg::name == "quadratic" ? 2
                           : Alg::name == "tiled"   ? entry.tiled_exponent
                                                    : 1;
+  std::vector<index_t> lengths = s.options().quick ? std::vector<index_t>{512, 2048}
+                                                   : std::vector<index_t>{512, 2048, 8192, 65536};
+  std::erase_if(lengths, [&](index_t length) { return !s.wants(row.name(length)); });
+  if (lengths.empty()) return;
   double expected = 0;
   index_t before = 0;
-  for (const index_t length : s.options().quick ? std::vector<index_t>{512, 2048}
-                                                : std::vector<index_t>{512, 2048, 8192, 65536}) {
-    if (!s.wants(row.name(length))) continue;
+  if (Alg::name == "quadratic") {  // some are definitions, slow from the start
+    before = 64;
+    const auto body = body_of(make(before).with(algorithm), d, s.context());
+    expected = std::min(seconds_of(body), seconds_of(body));
+  }
+  for (const index_t length : lengths) {
     if (before > 0) {
       expected *= std::pow(static_cast<double>(length) / static_cast<double>(before), exponent);
     }
@@ -98,7 +105,7 @@ void add_series(session& s, const sweep_entry& entry, Make make, Alg algorithm, 
            .seconds = expected,
            .minimum_time = 0.015});
   }
-  if (!row.lengths.empty() || !row.left_out.empty()) s.add(std::move(row));
+  s.add(std::move(row));
 }
 
 }  // namespace detail

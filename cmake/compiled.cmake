@@ -44,9 +44,20 @@ set(ssmlib_families
     block_mamba2=ssmlib/model/make_block.hpp
     block_mlp=ssmlib/model/make_block.hpp
     language_model=ssmlib/model/language_model.hpp
+    training=ssmlib/train/adamw.hpp
+    training=ssmlib/train/cross_entropy.hpp
+    training=ssmlib/train/distillation_loss.hpp
+    training=ssmlib/train/gradient.hpp
+    distillation=ssmlib/distill/hidden_state_alignment.hpp
+    distillation=ssmlib/distill/matrix_orientation.hpp
+    distillation=ssmlib/distill/mohawk.hpp
+    decoding=ssmlib/decode/generate.hpp
+    decoding=ssmlib/decode/speculate.hpp
+    checkpoints=ssmlib/io/checkpoint.hpp
+    checkpoints=ssmlib/io/parameters.hpp
     safetensors=ssmlib/io/safetensors_impl.hpp)
 if(NOT nlohmann_json_FOUND)
-  list(FILTER ssmlib_families EXCLUDE REGEX "^safetensors=")
+  list(FILTER ssmlib_families EXCLUDE REGEX "^(checkpoints|safetensors)=")
 endif()
 
 set(ssmlib_compiled_dir ${PROJECT_BINARY_DIR}/compiled)

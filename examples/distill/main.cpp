@@ -1,6 +1,7 @@
 // Trains a small Transformer on real text, distils it into Mamba-2 students with MOHAWK, and
-// decodes it speculatively. See README.md and `distill --help`. tiny-run: --budget 0.01 --max-bytes
-// 150000 --held-out-bytes 2048 --new-tokens 33 --out distill-tiny
+// decodes it speculatively. See README.md and `distill --help`.
+//
+// tiny-run: --budget 0.01 --max-bytes 150000 --held-out-bytes 2048 --new-tokens 33 --out tiny
 
 #include "corpus.hpp"
 #include "error.hpp"

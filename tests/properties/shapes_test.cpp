@@ -1,5 +1,7 @@
 #include "mixers.hpp"
 
+#include <array>
+
 namespace {
 
 using namespace properties;
@@ -28,8 +30,8 @@ tensor<T, 4> folded(const tensor<T, 4>& t, index_t groups) {
 TEST_CASE(
     "properties/shapes: a shared head is the same as a repeated one, and its gradient the sum",
     "[properties][shapes]") {
-  for (const auto& [query_heads, key_heads] :
-       {std::pair<index_t, index_t>{1, 1}, {2, 2}, {4, 1}, {1, 2}, {2, 4}}) {
+  for (const auto& heads : {std::array<index_t, 2>{1, 1}, {2, 2}, {4, 1}, {1, 2}, {2, 4}}) {
+    const index_t query_heads = heads[0], key_heads = heads[1];
     CAPTURE(query_heads, key_heads);
     const sizes s{.length = 21, .query_heads = query_heads, .key_heads = key_heads};
     const operands<double> shared(s);

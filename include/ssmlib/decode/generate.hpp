@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/decode/sampling.hpp>
 #include <ssmlib/model/language_model.hpp>
 
@@ -114,5 +115,13 @@ template <LanguageModel M>
   }
   return result;
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                   \
+  SSMLIB_INSTANTIATE(decoding, token_rows generate<language_model<T>>(          \
+                                   const language_model<T>&, const token_rows&, \
+                                   const generate_options&, const cpu::context&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/decode/generate.hpp>
 
 #include <algorithm>
@@ -256,5 +257,14 @@ template <LanguageModel Target, LanguageModel Draft>
                                            prompts, ctx)
       .run();
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                              \
+  SSMLIB_INSTANTIATE(                                                                      \
+      decoding, speculation_result speculate<language_model<T>, language_model<T>>(        \
+                    const language_model<T>&, const language_model<T>&, const token_rows&, \
+                    const generate_options&, const speculation_options&, const cpu::context&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/base/error.hpp>
 #include <ssmlib/nn/pass.hpp>
 
@@ -63,5 +64,12 @@ template <Real T>
   });
   return loss;
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                   \
+  SSMLIB_INSTANTIATE(distillation, tensor<T, 1> hidden_state_alignment_loss<T>( \
+                                       const pass<T>&, const tensor<T, 3>&, const tensor<T, 3>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

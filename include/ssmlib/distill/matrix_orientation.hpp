@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/simd.hpp>
 #include <ssmlib/mixer/panels.hpp>
 #include <ssmlib/nn/pass.hpp>
@@ -173,5 +174,13 @@ template <Real T>
   });
   return loss;
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                   \
+  SSMLIB_INSTANTIATE(distillation, tensor<T, 1> matrix_orientation_loss<T>(                     \
+                                       const pass<T>&, std::shared_ptr<const matrix_panels<T>>, \
+                                       std::shared_ptr<matrix_panels<T>>))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/distill/hidden_state_alignment.hpp>
 #include <ssmlib/distill/matrix_orientation.hpp>
 #include <ssmlib/distill/weight_transfer.hpp>
@@ -130,5 +131,14 @@ index_t train_mohawk_stage(mohawk_stage stage, const language_model<T>& teacher,
       },
       training, callbacks, ctx);
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                              \
+  SSMLIB_INSTANTIATE(distillation,                                                         \
+                     loss_sum<T> mohawk_loss<T>(                                           \
+                         mohawk_stage, const language_model<T>&, const language_model<T>&, \
+                         const pass<T>&, const tensor<std::int32_t, 2>&, const mohawk_options&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

@@ -1,10 +1,10 @@
 #pragma once
 
+#include <ssmlib/base/types.hpp>
+
 #include <concepts>
 #include <string_view>
 #include <type_traits>
-
-#include <ssmlib/base/types.hpp>
 
 namespace ssm {
 

@@ -1,14 +1,14 @@
 #pragma once
 
-#include <concepts>
-#include <string>
-#include <string_view>
-#include <type_traits>
-
 #include <ssmlib/expr/algorithm.hpp>
 #include <ssmlib/expr/structure.hpp>
 #include <ssmlib/tensor/layout.hpp>
 #include <ssmlib/tensor/tensor.hpp>
+
+#include <concepts>
+#include <string>
+#include <string_view>
+#include <type_traits>
 
 namespace ssm {
 
@@ -23,8 +23,8 @@ enum class operand { per_token, parameter };
 ///   layout                                       sequence_layout; default: the operands' rectangle
 ///   batch(), length()                            of the per-token operands; 0: any
 ///   heads()                                      the largest head count among the operands
-///   operands(self, f)                            static; f(name, tensor&, operand) for each operand
-///   dense()                                      (b, H, T, T) in double: the definition
+///   operands(self, f)                            static; f(name, tensor&, operand) for each
+///   operand dense()                                      (b, H, T, T) in double: the definition
 ///
 /// Head counts obey one rule: an operand with G heads serves head h of H with its head h * G / H.
 template <class M>
@@ -45,11 +45,11 @@ concept MatrixMixer = requires(const M& m, M& mutable_m) {
 /// state_features(P) is the width of the (key size x width) state matrix of a head whose values
 /// have P features; key_size() the other extent.
 template <class M>
-concept RecurrentMixer =
-    MatrixMixer<M> && M::algorithms::template contains<alg::recurrent> && requires(const M& m) {
-      { m.key_size() } -> std::same_as<index_t>;
-      { m.state_features(index_t{1}) } -> std::same_as<index_t>;
-    };
+concept RecurrentMixer = MatrixMixer<M> &&
+    M::algorithms::template contains<alg::recurrent>&& requires(const M& m) {
+  { m.key_size() } -> std::same_as<index_t>;
+  { m.state_features(index_t{1}) } -> std::same_as<index_t>;
+};
 
 namespace detail {
 

@@ -1,8 +1,8 @@
 #pragma once
 
-#include <cmath>
-
 #include <ssmlib/expr/concepts.hpp>
+
+#include <cmath>
 
 namespace ssm {
 
@@ -108,9 +108,8 @@ struct gram {
     return alpha * sum;
   }
   [[nodiscard]] tensor<double, 4> dense() const {
-    return detail::dense_entries(*this, heads(), [&](index_t t, index_t s, index_t h) {
-      return entry(t, s, h, heads());
-    });
+    return detail::dense_entries(
+        *this, heads(), [&](index_t t, index_t s, index_t h) { return entry(t, s, h, heads()); });
   }
 };
 
@@ -133,8 +132,8 @@ template <Real T, int R, Backend B>
   return {std::move(q4), std::move(kt.value)};
 }
 template <Real T, int R, Backend B, Real T2, Backend B2>
-  requires(!std::same_as<T, T2> || !std::same_as<B, B2>)
-void operator*(const tensor<T, R, B>&, const transposed_tensor<T2, B2>&) {
+requires(!std::same_as<T, T2> || !std::same_as<B, B2>) void operator*(
+    const tensor<T, R, B>&, const transposed_tensor<T2, B2>&) {
   static_assert(std::same_as<B, B2>,
                 "ssm: Q * transpose(K) mixes two backends; copy one operand with to<backend>(...)");
   static_assert(!std::same_as<B, B2> || std::same_as<T, T2>,

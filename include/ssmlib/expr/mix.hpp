@@ -97,9 +97,9 @@ struct carry {
 /// The same for a vector-Jacobian product.
 template <Real T, Backend B = cpu>
 struct carry_gradient {
-  tensor<T, 4, B> initial;        ///< read: the forward call's initial state, or absent
-  tensor<T, 4, B> d_final;        ///< read: gradient of the final state, or absent
-  tensor<T, 4, B> d_initial;      ///< added to: gradient of the initial state, or absent
+  tensor<T, 4, B> initial;    ///< read: the forward call's initial state, or absent
+  tensor<T, 4, B> d_final;    ///< read: gradient of the final state, or absent
+  tensor<T, 4, B> d_initial;  ///< added to: gradient of the initial state, or absent
 };
 
 }  // namespace ssm

@@ -1,9 +1,9 @@
 #pragma once
 
-#include <limits>
-
 #include <ssmlib/expr/gram.hpp>
 #include <ssmlib/expr/mask.hpp>
+
+#include <limits>
 
 namespace ssm {
 

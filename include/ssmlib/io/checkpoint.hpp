@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/io/safetensors.hpp>
 #include <ssmlib/train/adamw.hpp>
 #include <ssmlib/train/data.hpp>
@@ -204,5 +205,16 @@ run_state load_checkpoint(const std::filesystem::path& path, const std::vector<p
   optimizer.set_steps(steps);
   return state;
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                  \
+  SSMLIB_INSTANTIATE(checkpoints, void save_checkpoint<T>(const std::filesystem::path&,        \
+                                                          const std::vector<parameter<T>>&,    \
+                                                          const adamw<T>&, const run_state&)); \
+  SSMLIB_INSTANTIATE(checkpoints,                                                              \
+                     run_state load_checkpoint<T>(const std::filesystem::path&,                \
+                                                  const std::vector<parameter<T>>&, adamw<T>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

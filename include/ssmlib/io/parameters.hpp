@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/io/checkpoint.hpp>
 
 #include <filesystem>
@@ -42,5 +43,17 @@ std::map<std::string, std::string> load_parameters(const std::filesystem::path& 
   }
   return {file.metadata().begin(), file.metadata().end()};
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                 \
+  SSMLIB_INSTANTIATE(                                                                         \
+      checkpoints,                                                                            \
+      void save_parameters<T>(const std::filesystem::path&, const std::vector<parameter<T>>&, \
+                              const std::map<std::string, std::string>&));                    \
+  SSMLIB_INSTANTIATE(checkpoints,                                                             \
+                     std::map<std::string, std::string> load_parameters<T>(                   \
+                         const std::filesystem::path&, const std::vector<parameter<T>>&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

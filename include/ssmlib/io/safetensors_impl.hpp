@@ -1,11 +1,11 @@
 #pragma once
 
 /// @file
-/// The JSON header of a safetensors file: the one part of reading and writing it that needs the
-/// JSON library. Included by safetensors.hpp.
+/// What of reading and writing safetensors files is no template: the JSON header, the only place
+/// that needs the JSON library, and the access to the files. Included by safetensors.hpp.
 
 #include <ssmlib/base/compiled.hpp>
-#include <ssmlib/io/safetensors_header.hpp>
+#include <ssmlib/io/safetensors.hpp>
 
 #include <nlohmann/json.hpp>
 
@@ -153,3 +153,88 @@ SSMLIB_INLINE std::string format_safetensors_header(const safetensors_header& he
 }
 
 }  // namespace ssm::detail
+
+namespace ssm {
+
+SSMLIB_INLINE safetensors_reader::safetensors_reader(std::filesystem::path path)
+    : path_(std::move(path)), file_(::open(path_.c_str(), O_RDONLY | O_CLOEXEC)) {
+  struct stat status {};
+  if (!file_ || ::fstat(file_.get(), &status) != 0) detail::throw_file_error("reading", path_);
+  if (!S_ISREG(status.st_mode)) throw io_error(where() + ": it is not a file");
+  const auto size = static_cast<std::uint64_t>(status.st_size);
+  std::uint64_t length = 0;
+  if (size < sizeof(length)) {
+    throw io_error(where() + ": it has " + std::to_string(size) +
+                   " bytes; a safetensors file has at least 8");
+  }
+  read(0, &length, sizeof(length));
+  if (length > size - sizeof(length)) {
+    throw io_error(where() + ": it has " + std::to_string(size) + " bytes, but its header has " +
+                   std::to_string(length) + "; it is truncated or no safetensors file");
+  }
+  std::string text(length, '\0');
+  read(sizeof(length), text.data(), text.size());
+  data_begin_ = sizeof(length) + length;
+  header_ = detail::parse_safetensors_header(text, size - data_begin_, where());
+  for (std::size_t i = 0; i < header_.entries.size(); ++i)
+    index_[header_.entries[i].name] = i;
+}
+
+SSMLIB_INLINE const safetensors_entry& safetensors_reader::entry(const std::string& name) const {
+  const auto found = index_.find(name);
+  if (found == index_.end()) throw io_error(where() + ": it has no tensor '" + name + "'");
+  return header_.entries[found->second];
+}
+
+SSMLIB_INLINE void safetensors_reader::read(std::uint64_t begin, void* to,
+                                            std::size_t bytes) const {
+  char* next = static_cast<char*>(to);
+  while (bytes > 0) {
+    const ssize_t n = ::pread(file_.get(), next, bytes, static_cast<off_t>(begin));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) detail::throw_file_error("reading", path_);
+    if (n == 0) throw io_error(where() + ": it ended early; it was cut while it was open");
+    next += n;
+    begin += static_cast<std::uint64_t>(n);
+    bytes -= static_cast<std::size_t>(n);
+  }
+}
+
+SSMLIB_INLINE double safetensors_reader::load_scalar(const std::string& name) const {
+  const safetensors_entry& from = entry(name);
+  if (from.size() != 1) {
+    throw io_error(where() + ": tensor '" + name + "' is " + to_string(from.extents) +
+                   ", wanted one element");
+  }
+  double value = 0;
+  read_dense(from, &value);
+  return value;
+}
+
+SSMLIB_INLINE void safetensors_writer::write(const std::filesystem::path& path) const {
+  std::vector<const item*> order;
+  for (const item& i : items_)
+    order.push_back(&i);
+  // Wide elements first: then all are aligned for readers that map the file.
+  std::stable_sort(order.begin(), order.end(), [](const item* a, const item* b) {
+    return detail::info_of(a->entry.type).bytes > detail::info_of(b->entry.type).bytes;
+  });
+  safetensors_header header{{}, metadata_};
+  std::uint64_t end = 0;
+  for (const item* i : order) {
+    header.entries.push_back(i->entry);
+    header.entries.back().begin = end;
+    end += i->entry.end;
+    header.entries.back().end = end;
+  }
+  const std::string text = detail::format_safetensors_header(header);
+  const std::uint64_t length = text.size();
+  atomic_file file(path);
+  file.write(&length, sizeof(length));
+  file.write(text);
+  for (const item* i : order)
+    file.write(i->data, static_cast<std::size_t>(i->entry.end));
+  file.commit();
+}
+
+}  // namespace ssm

@@ -22,19 +22,26 @@ class matrix_panels {
   /// True where entries above the diagonal are zero, so that rows before the panel need no look.
   [[nodiscard]] virtual bool is_causal() const = 0;
 
-  /// Columns [s0, s1), rows [row, end of sequence i); tokens count over the batch.
+  /// Columns [s0, s1), rows [row, row_end) of sequence i; tokens count over the batch.
   /// @return (rows, heads, s1 - s0), the caller's own; unit stride along the columns
-  [[nodiscard]] virtual tensor<T, 3> panel(const cpu::context& ctx, index_t i, index_t row,
-                                           index_t s0, index_t s1) const = 0;
+  [[nodiscard]] virtual tensor<T, 3> tile(const cpu::context& ctx, index_t i, index_t row,
+                                          index_t row_end, index_t s0, index_t s1) const = 0;
+  /// Whether a few rows cost little more than their part of all rows.
+  [[nodiscard]] virtual bool has_cheap_rows() const = 0;
+  /// A tile of the rows from `row` to the end of the sequence.
+  [[nodiscard]] tensor<T, 3> panel(const cpu::context& ctx, index_t i, index_t row, index_t s0,
+                                   index_t s1) const {
+    return tile(ctx, i, row, layout().end(i), s0, s1);
+  }
 
-  /// Whether the gradient needs sums over whole rows. If so, observe() is shown every panel of a
+  /// Whether the gradient needs sums over whole rows. If so, observe() is shown every tile of a
   /// sequence with its gradient before the first add_vjp() of that sequence.
   [[nodiscard]] virtual bool needs_row_sums() const { return false; }
   virtual void observe(const cpu::context&, index_t /*i*/, index_t /*row*/, index_t /*s0*/,
                        const tensor<T, 3>& /*values*/, const tensor<T, 3>& /*d*/) {}
-  /// Adds the vector-Jacobian product of one panel to the gradients of the mixer's operands.
-  /// @param values  what panel() returned
-  /// @param d       the gradient of the panel, of the same shape
+  /// Adds the vector-Jacobian product of one tile to the gradients of the mixer's operands.
+  /// @param values  what tile() returned
+  /// @param d       the gradient of the tile, of the same shape
   virtual void add_vjp(const cpu::context& ctx, index_t i, index_t row, index_t s0,
                        const tensor<T, 3>& values, const tensor<T, 3>& d) = 0;
 };

@@ -40,15 +40,18 @@ class product_panels final : public matrix_panels<typename M::value_type> {
   [[nodiscard]] index_t heads() const override { return mixer_.heads(); }
   [[nodiscard]] bool is_causal() const override { return RecurrentMixer<M>; }
 
-  [[nodiscard]] tensor<T, 3> panel(const cpu::context& ctx, index_t i, index_t row, index_t s0,
-                                   index_t s1) const override {
-    const index_t first = first_token(i, s0), n = layout_.end(i) - row;
+  [[nodiscard]] bool has_cheap_rows() const override { return false; }
+  [[nodiscard]] tensor<T, 3> tile(const cpu::context& ctx, index_t i, index_t row, index_t row_end,
+                                  index_t s0, index_t s1) const override {
+    const index_t first = first_token(i, s0), n = row_end - row;
     const tensor<T, 4> y = eval(product(mixer_, i, first, s0, s1), ctx);
-    if (first <= row) return y.slice(1, row - first, y.extent(1)).reshape(n, heads(), s1 - s0);
+    const tensor<T, 3> all = y.reshape(y.extent(1), heads(), s1 - s0);
+    if (first <= row) return all.slice(0, row - first, row_end - first);
     // Tokens before `first` have no part in these columns.
+    const index_t zeros = std::min(first - row, n);
     tensor<T, 3> rows(n, heads(), s1 - s0);
-    rows.slice(0, 0, first - row).fill(T(0));
-    rows.slice(0, first - row, n).copy_from(y.reshape(y.extent(1), heads(), s1 - s0));
+    rows.slice(0, 0, zeros).fill(T(0));
+    rows.slice(0, zeros, n).copy_from(all.slice(0, 0, n - zeros));
     return rows;
   }
 
@@ -65,14 +68,15 @@ class product_panels final : public matrix_panels<typename M::value_type> {
   [[nodiscard]] index_t first_token(index_t i, index_t s0) const {
     return has_local_columns<M> ? s0 : layout_.begin(i);
   }
-  // The rows [first, end) of d, which begins at `row`; zeros before it.
+  // The rows [first, end) of d, which begins at `row`; zeros around it.
   [[nodiscard]] tensor<T, 4> cotangent(const tensor<T, 3>& d, index_t row, index_t first,
                                        index_t end) const {
-    const index_t n = end - first, skip = std::max<index_t>(first - row, 0);
+    const index_t n = end - first, skip = std::clamp<index_t>(first - row, 0, d.extent(0));
     const tensor<T, 3> used = d.slice(0, skip, d.extent(0));
-    if (first >= row) return used.reshape(index_t{1}, n, d.extent(1), d.extent(2));
+    if (used.extent(0) == n) return used.reshape(index_t{1}, n, d.extent(1), d.extent(2));
     auto dy = tensor<T, 3>::zeros(n, d.extent(1), d.extent(2));
-    dy.slice(0, row - first, n).copy_from(used);
+    const index_t at = std::max<index_t>(row - first, 0);
+    dy.slice(0, at, at + used.extent(0)).copy_from(used);
     return dy.reshape(index_t{1}, n, d.extent(1), d.extent(2));
   }
   [[nodiscard]] mix<M, 4> product(const M& m, index_t i, index_t first, index_t s0,

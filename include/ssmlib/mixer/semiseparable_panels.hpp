@@ -59,15 +59,17 @@ class semiseparable_panels final : public matrix_panels<T> {
   [[nodiscard]] index_t heads() const override { return heads_; }
   [[nodiscard]] bool is_causal() const override { return true; }
 
-  [[nodiscard]] tensor<T, 3> panel(const cpu::context& ctx, index_t i, index_t row, index_t s0,
-                                   index_t s1) const override {
-    const index_t below = std::max(row, s1), end = layout_.end(i);
+  [[nodiscard]] bool has_cheap_rows() const override { return true; }
+
+  [[nodiscard]] tensor<T, 3> tile(const cpu::context& ctx, index_t, index_t row, index_t end,
+                                  index_t s0, index_t s1) const override {
+    const index_t below = std::clamp(s1, row, end);
     tensor<T, 3> out(end - row, heads_, s1 - s0);
     for_row_pieces(ctx, heads_, below, end, [&](index_t h, index_t part, index_t t0, index_t t1) {
       if (part == 0) {
         for (index_t t = row; t < std::min(s0, end); ++t)
           std::fill_n(&out(t - row, h, 0), s1 - s0, T(0));
-        if (row < s1) square(h, row, s0, s1, out);
+        square(h, row, end, s0, s1, out);
       }
       const scratch<T> keys((s1 - s0) * features()), queries(block * features());
       scaled_keys(h, s0, s1, keys.data());
@@ -85,10 +87,11 @@ class semiseparable_panels final : public matrix_panels<T> {
     return out;
   }
 
-  void add_vjp(const cpu::context& ctx, index_t i, index_t row, index_t s0,
+  void add_vjp(const cpu::context& ctx, index_t, index_t row, index_t s0,
                const tensor<T, 3>& values, const tensor<T, 3>& d) override {
     const index_t s1 = s0 + d.extent(2), n = s1 - s0;
-    const index_t below = std::max(row, s1), end = layout_.end(i), parts = pieces(end - below);
+    const index_t end = row + d.extent(0), below = std::clamp(s1, row, end);
+    const index_t parts = pieces(end - below);
     // dkey holds, of every head and part of the rows, sum over t of a[t, r] d[t, s] q_t.
     const scratch<T> dkey(heads_ * parts * n * features());
     const scratch<double> row_sums(heads_ * (end - below));

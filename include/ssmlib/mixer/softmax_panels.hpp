@@ -36,9 +36,10 @@ class softmax_panels final : public matrix_panels<T> {
   [[nodiscard]] index_t heads() const override { return heads_; }
   [[nodiscard]] bool is_causal() const override { return is_causal_; }
 
-  [[nodiscard]] tensor<T, 3> panel(const cpu::context& ctx, index_t i, index_t row, index_t s0,
-                                   index_t s1) const override {
-    tensor<T, 3> out(layout_.end(i) - row, heads_, s1 - s0);
+  [[nodiscard]] bool has_cheap_rows() const override { return true; }
+  [[nodiscard]] tensor<T, 3> tile(const cpu::context& ctx, index_t, index_t row, index_t row_end,
+                                  index_t s0, index_t s1) const override {
+    tensor<T, 3> out(row_end - row, heads_, s1 - s0);
     for_row_blocks(ctx, out.extent(0), heads_, [&](index_t h, index_t r0, index_t r1) {
       using P = simd::pack<T>;
       logits(h, row + r0, row + r1, s0, s1, rows_of_head(out, h, r0, r1));

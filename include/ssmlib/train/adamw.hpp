@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/grad/tape.hpp>
 #include <ssmlib/kernels/cpu/optimizer.hpp>
 #include <ssmlib/nn/parameter.hpp>
@@ -199,5 +200,10 @@ void adamw<T>::step(tape<T>& t, double learning_rate, double gradient_scale,
   for (auto& g : gradients_)
     g = {};
 }
+
+#define SSMLIB_DETAIL_LIST(T) SSMLIB_INSTANTIATE(training, class adamw<T>)
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

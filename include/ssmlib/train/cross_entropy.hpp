@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/cross_entropy.hpp>
 #include <ssmlib/nn/linear.hpp>
 
@@ -309,5 +310,22 @@ tensor<T, 1> sequence_log_probability(const pass<T>& p, const tensor<T, 3>& hidd
   });
   return result;
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
+  SSMLIB_INSTANTIATE(                                                                              \
+      training, token_loss<T> lm_cross_entropy<T>(                                                 \
+                    const pass<T>&, const tensor<T, 3>&, const std::type_identity_t<linear<T>>&,   \
+                    const tensor<std::int32_t, 2>&, const cross_entropy_options&));                \
+  SSMLIB_INSTANTIATE(training, token_loss<T> cross_entropy<T>(const pass<T>&, const tensor<T, 3>&, \
+                                                              const tensor<std::int32_t, 2>&,      \
+                                                              const cross_entropy_options&));      \
+  SSMLIB_INSTANTIATE(                                                                              \
+      training,                                                                                    \
+      tensor<T, 1> sequence_log_probability<T>(                                                    \
+          const pass<T>&, const tensor<T, 3>&, const std::type_identity_t<linear<T>>&,             \
+          const tensor<std::int32_t, 2>&, const tensor<std::int32_t, 2>&, const sequence_layout&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

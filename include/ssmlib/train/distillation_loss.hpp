@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/train/cross_entropy.hpp>
 
 namespace ssm {
@@ -240,5 +241,18 @@ template <Real T>
   });
   return r;
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                    \
+  SSMLIB_INSTANTIATE(training, token_loss<T> kl_divergence<T>(                                   \
+                                   const pass<T>&, const tensor<T, 3>&, const tensor<T, 3>&,     \
+                                   const tensor<std::int32_t, 2>&, const kl_options&));          \
+  SSMLIB_INSTANTIATE(                                                                            \
+      training, token_loss<T> lm_kl_divergence<T>(                                               \
+                    const pass<T>&, const tensor<T, 3>&, const std::type_identity_t<linear<T>>&, \
+                    const tensor<T, 3>&, const std::type_identity_t<linear<T>>&,                 \
+                    const tensor<std::int32_t, 2>&, const kl_options&))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/nn/pass.hpp>
 #include <ssmlib/train/adamw.hpp>
 
@@ -120,5 +121,14 @@ void require_finite_gradient(double norm, tape<T>& t, const std::vector<paramete
   throw numeric_error(where + "the gradient's norm is " + std::to_string(norm) +
                       " though every value is finite; lower the learning rate");
 }
+
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
+  SSMLIB_INSTANTIATE(training, double gradient_norm<T>(tape<T>&, const std::vector<parameter<T>>&, \
+                                                       double, const cpu::context&));              \
+  SSMLIB_INSTANTIATE(training, void require_finite_gradient<T>(                                    \
+                                   double, tape<T>&, const std::vector<parameter<T>>&, index_t))
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

@@ -1,7 +1,7 @@
 #pragma once
 
-#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/backend/cpu.hpp>
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/pack.hpp>
 #include <ssmlib/tensor/view.hpp>
 

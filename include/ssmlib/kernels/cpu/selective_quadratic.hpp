@@ -13,8 +13,8 @@ namespace ssm::kernels {
 
 namespace detail {
 
-/// One channel of one sequence. Sums of delta over (s, t] are differences of running sums, which are
-/// kept with what rounding took from them: a large step leaves later small ones exact.
+/// One channel of one sequence. Sums of delta over (s, t] are differences of running sums, which
+/// are kept with what rounding took from them: a large step leaves later small ones exact.
 template <Real T>
 class selective_channel {
  public:
