@@ -197,7 +197,8 @@ void check_broadcast(const shape<R1>& nx, const shape<R2>& ns, const shape<R3>& 
   const auto dy = normal<T, decltype(e)::rank>(e.extents(), 1.0, 4);
   const auto g = vjp(e, dy);
 
-  const auto x64 = cast<double>(x), dy64 = cast<double>(dy);
+  const auto x64 = cast<double>(x);
+  const auto dy64 = cast<double>(dy);
   const auto s64 = cast<double>(s);
   const auto t64 = cast<double>(t);
   const auto y64 = tensor<double, decltype(e)::rank>::zeros(e.extents());

@@ -13,7 +13,7 @@ namespace ssm {
 
 namespace detail {
 
-/// Adds the squared entries of student - teacher to `sums`, per head; both are panels (rows, heads,
+/// Adds the squared entries of student - teacher to `sums`, per head; both are tiles (rows, heads,
 /// columns), heads broadcast to the larger count.
 template <Real T>
 void add_squared_differences(const cpu::context& ctx, const tensor<T, 3>& student,
@@ -59,7 +59,7 @@ void add_scaled_difference(index_t n, T f, const T* x, const T* y, T* to) {
     to[i] = simd::fma(f, x[i] - y[i], to[i]);
 }
 
-/// The gradient of the student's panel: student - teacher with its factor per head, summed over
+/// The gradient of the student's tile: student - teacher with its factor per head, summed over
 /// the heads that share one of the student's. Where heads are one to one, it replaces `teacher`.
 template <Real T>
 [[nodiscard]] tensor<T, 3> folded_difference(const cpu::context& ctx, const tensor<T, 3>& student,
@@ -89,13 +89,20 @@ template <Real T>
   return out;
 }
 
+/// f(row, row_end, s0, s1) for tiles that cover sequence i of both matrices. They are as small as
+/// the matrices allow, so that what is computed of a tile is still in the cache when it is used.
 template <Real T, class F>
-void for_each_panel(const matrix_panels<T>& a, const matrix_panels<T>& b, index_t i, F f) {
+void for_each_tile(const matrix_panels<T>& a, const matrix_panels<T>& b, index_t i, F f) {
   constexpr index_t columns = 64;
-  const sequence_layout& layout = a.layout();
+  constexpr index_t entries = index_t{1} << 19;
+  const index_t begin = a.layout().begin(i), end = a.layout().end(i);
   const bool causal = a.is_causal() && b.is_causal();
-  for (index_t s0 = layout.begin(i); s0 < layout.end(i); s0 += columns) {
-    f(causal ? s0 : layout.begin(i), s0, std::min(layout.end(i), s0 + columns));
+  const bool cut = a.has_cheap_rows() && b.has_cheap_rows();
+  const index_t heads = std::max(a.heads(), b.heads());
+  const index_t rows = cut ? std::max<index_t>(256, entries / (columns * heads)) : end - begin;
+  for (index_t s0 = begin; s0 < end; s0 += columns) {
+    for (index_t row = causal ? s0 : begin; row < end; row += rows)
+      f(row, std::min(end, row + rows), s0, std::min(end, s0 + columns));
   }
 }
 
@@ -135,10 +142,11 @@ template <Real T>
   double total = 0;
   for (index_t i = 0; i < layout.sequences(); ++i) {
     std::vector<double> sums(static_cast<std::size_t>(heads), 0.0);
-    detail::for_each_panel(*teacher, *student, i, [&](index_t row, index_t s0, index_t s1) {
-      detail::add_squared_differences(p.ctx, student->panel(p.ctx, i, row, s0, s1),
-                                      teacher->panel(p.ctx, i, row, s0, s1), sums);
-    });
+    detail::for_each_tile(
+        *teacher, *student, i, [&](index_t row, index_t row_end, index_t s0, index_t s1) {
+          detail::add_squared_differences(p.ctx, student->tile(p.ctx, i, row, row_end, s0, s1),
+                                          teacher->tile(p.ctx, i, row, row_end, s0, s1), sums);
+        });
     for (const double sum : sums) {
       norms->push_back(std::sqrt(sum));
       total += norms->back();
@@ -159,16 +167,17 @@ template <Real T>
       // Rows first, for mixers whose gradient needs whole-row sums; then the gradient.
       for (const bool second : {false, true}) {
         if (!second && !student->needs_row_sums()) continue;
-        detail::for_each_panel(*teacher, *student, i, [&](index_t row, index_t s0, index_t s1) {
-          const tensor<T, 3> m = student->panel(ctx, i, row, s0, s1);
-          const tensor<T, 3> d =
-              detail::folded_difference(ctx, m, teacher->panel(ctx, i, row, s0, s1), factor);
-          if (second) {
-            student->add_vjp(ctx, i, row, s0, m, d);
-          } else {
-            student->observe(ctx, i, row, s0, m, d);
-          }
-        });
+        detail::for_each_tile(*teacher, *student, i,
+                              [&](index_t row, index_t row_end, index_t s0, index_t s1) {
+                                const tensor<T, 3> m = student->tile(ctx, i, row, row_end, s0, s1);
+                                const tensor<T, 3> d = detail::folded_difference(
+                                    ctx, m, teacher->tile(ctx, i, row, row_end, s0, s1), factor);
+                                if (second) {
+                                  student->add_vjp(ctx, i, row, s0, m, d);
+                                } else {
+                                  student->observe(ctx, i, row, s0, m, d);
+                                }
+                              });
       }
     }
   });

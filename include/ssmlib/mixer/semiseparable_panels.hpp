@@ -117,7 +117,7 @@ class semiseparable_panels final : public matrix_panels<T> {
   static constexpr bool has_log_a = std::same_as<L, semiseparable_mask<T, cpu>>;
   static constexpr bool has_gamma = std::same_as<L, decay_mask<T, cpu>>;
   static constexpr index_t block = 256;        // rows whose tile stays in the cache
-  static constexpr index_t piece = 8 * block;  // rows of a task
+  static constexpr index_t piece = 2 * block;  // rows of a task
 
   [[nodiscard]] index_t features() const { return q_.extent(2); }
   [[nodiscard]] index_t query_head(index_t h) const { return group_of(h, heads_, q_.extent(1)); }
@@ -172,24 +172,26 @@ class semiseparable_panels final : public matrix_panels<T> {
                                     matrix(keys, s1 - s0));
   }
   // factors[t - t0, s - s0] = alpha a[t, s], 0 for s > t.
-  void square_factors(index_t h, index_t t0, index_t s0, index_t s1, T* factors) const {
+  void square_factors(index_t h, index_t t0, index_t t1, index_t s0, index_t s1, T* factors) const {
     const index_t n = s1 - s0;
-    for (index_t t = t0; t < s1; ++t) {
+    for (index_t t = t0; t < t1; ++t) {
       T* f = factors + (t - t0) * n;
       decay_.before(mask_head(h), t, s0, t + 1, f);
       kernels::scale<T>(t + 1 - s0, alpha_, f);
       std::fill(f + (t + 1 - s0), f + n, T(0));
     }
   }
-  // The rows [max(row, s0), s1) of a panel.
-  void square(index_t h, index_t row, index_t s0, index_t s1, const tensor<T, 3>& out) const {
-    const index_t t0 = std::max(row, s0), n = s1 - s0;
-    const scratch<T> factors((s1 - t0) * n);
-    square_factors(h, t0, s0, s1, factors.data());
-    const view<T, 2> rows = rows_of_head(out, h, t0 - row, s1 - row);
-    kernels::gemm<T>(T(1), rows_of_head(q_, query_head(h), t0, s1),
+  // The rows of a tile that are columns too.
+  void square(index_t h, index_t row, index_t end, index_t s0, index_t s1,
+              const tensor<T, 3>& out) const {
+    const index_t t0 = std::max(row, s0), t1 = std::min(end, s1), n = s1 - s0;
+    if (t0 >= t1) return;
+    const scratch<T> factors((t1 - t0) * n);
+    square_factors(h, t0, t1, s0, s1, factors.data());
+    const view<T, 2> rows = rows_of_head(out, h, t0 - row, t1 - row);
+    kernels::gemm<T>(T(1), rows_of_head(q_, query_head(h), t0, t1),
                      transposed(rows_of_head(k_, key_head(h), s0, s1)), T(0), rows);
-    for (index_t t = t0; t < s1; ++t) {
+    for (index_t t = t0; t < t1; ++t) {
       for (index_t s = s0; s < s1; ++s) {
         const T f = factors[(t - t0) * n + (s - s0)];
         T& entry = rows(t - t0, s - s0);
@@ -261,12 +263,13 @@ class semiseparable_panels final : public matrix_panels<T> {
   // The square's part of dq, dkey, dD and of the pairs within it.
   void add_square(index_t h, index_t row, index_t s0, index_t s1, const tensor<T, 3>& values,
                   const tensor<T, 3>& d, T* dkey, double* pairs) {
-    const index_t t0 = std::max(row, s0), n = s1 - s0, m = s1 - t0, hq = query_head(h);
-    if (m <= 0) return;
+    const index_t t0 = std::max(row, s0), t1 = std::min(row + d.extent(0), s1);
+    if (t0 >= t1) return;
+    const index_t n = s1 - s0, m = t1 - t0, hq = query_head(h);
     const scratch<T> x(m * n), keys(n * features()), dquery(m * features());
-    square_factors(h, t0, s0, s1, x.data());
+    square_factors(h, t0, t1, s0, s1, x.data());
     T diagonal = 0;
-    for (index_t t = t0; t < s1; ++t) {
+    for (index_t t = t0; t < t1; ++t) {
       const T* g = &d(t - row, h, 0);
       const T* value = &values(t - row, h, 0);
       T* factor = x.data() + (t - t0) * n;
@@ -281,12 +284,12 @@ class semiseparable_panels final : public matrix_panels<T> {
     }
     if (dd_) dd_(group_of(h, heads_, dd_.extent(0))) += diagonal;
     const view<T, 2> dx{x.data(), {m, n}, {n, 1}};
-    kernels::gemm<T>(T(1), transposed(dx), rows_of_head(q_, hq, t0, s1), T(1), matrix(dkey, n));
+    kernels::gemm<T>(T(1), transposed(dx), rows_of_head(q_, hq, t0, t1), T(1), matrix(dkey, n));
     if (!dq_) return;
     for (index_t s = s0; s < s1; ++s)
       copy_scaled(weight(s, h), &k_(s, key_head(h), 0), keys.data() + (s - s0) * features());
     kernels::gemm<T>(T(1), dx, matrix(keys.data(), n), T(0), matrix(dquery.data(), m));
-    for (index_t t = t0; t < s1; ++t) {
+    for (index_t t = t0; t < t1; ++t) {
       add_features(features(), T(1), dquery.data() + (t - t0) * features(), &raw_q_(t, hq, 0),
                    &dq_(t, hq, 0));
     }
@@ -305,10 +308,12 @@ class semiseparable_panels final : public matrix_panels<T> {
       if (dlog_a_) dlog_a_(u, hm) += static_cast<T>(z);
       all += z;
     };
-    for (index_t u = end - 1; u >= s1; --u) {
-      if (u >= below) rows += row_sums[u - below];
+    for (index_t u = end - 1; u >= below; --u) {
+      rows += row_sums[u - below];
       add(u, rows);
     }
+    for (index_t u = s1; u < below && rows != 0; ++u)
+      add(u, rows);
     for (index_t u = s0 + 1; u < s1; ++u)
       add(u, pairs[u - s0]);
     if (dgamma_) dgamma_(hm) += static_cast<T>(all / static_cast<double>(gamma_(hm)));
