@@ -424,8 +424,8 @@ std::string fingerprint(const settings& s, const demo::corpus& text) {
 int distill(const settings& s, index_t held_out_bytes, index_t new_tokens) {
   const auto start = std::chrono::steady_clock::now();
   check_settings(s);
-  std::filesystem::create_directories(s.out / "stages");
   demo::require_writable_folder(s.out);
+  std::filesystem::create_directories(s.out / "stages");
   std::vector<std::filesystem::path> files(s.text.begin(), s.text.end());
   demo::corpus text = demo::load_corpus(files, {.max_bytes = s.max_bytes});
   std::cerr << "text: " << text.train.size() << " bytes to train on, " << text.held_out.size()
