@@ -52,8 +52,8 @@ struct sweep_entry {
   std::string mixer, shape;
   std::function<bench::work(index_t)> forward_work;
   direction_factors factors = {};
-  double tiled_exponent = 2;          ///< the time of tiles grows as T to this power
-  index_t longest_quadratic = 16384;  ///< beyond this a quadratic algorithm is not even tried
+  double tiled_exponent = 2;         ///< the time of tiles grows as T to this power
+  index_t longest_quadratic = 8192;  ///< beyond this a quadratic algorithm is not even tried
 };
 
 namespace detail {
