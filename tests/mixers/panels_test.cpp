@@ -195,6 +195,21 @@ TEST_CASE("mixers/panels: rows over many tasks sum to one gradient", "[mixers][p
   check_same(entry_tape.gradient(m.kernel.q), product_tape.gradient(m.kernel.q));
   check_same(entry_tape.gradient(m.kernel.k), product_tape.gradient(m.kernel.k));
 }
+TEST_CASE("mixers/panels: tiles whose decays vanish are constant and zero", "[mixers][panels]") {
+  const auto a = tensor<double, 3>::full({1, 900, 2}, -2.0);
+  a.slice(2, 1, 2).fill(-4.0);
+  const auto kernel = features(1, 900, 1, 1) * transpose(features(1, 900, 1, 2));
+  const auto p = panels(hadamard(semiseparable(a), kernel));
+  CHECK(p->is_constant(0, 600, 900, 0, 64));
+  CHECK_FALSE(p->is_constant(0, 300, 900, 0, 64));
+  CHECK_FALSE(p->is_constant(0, 0, 64, 0, 64));
+  CHECK_FALSE(panels(hadamard(causal, kernel))->is_constant(0, 600, 900, 0, 64));
+  const auto values = p->tile(default_context<cpu>(), 0, 600, 900, 0, 64);
+  index_t nonzero = 0;
+  for (index_t i = 0; i < values.size(); ++i)
+    nonzero += values.data()[i] != 0;
+  CHECK(nonzero == 0);
+}
 TEST_CASE("mixers/panels: windowed softmax attention equals dense()", "[mixers][panels]") {
   const auto logits = features(1, 346, 2, 1) * transpose(features(1, 346, 1, 2));
   CHECK(largest_error(packed(ragged, softmax(logits + window(70)))) < 1e-13);

@@ -59,17 +59,15 @@ void add_scaled_difference(index_t n, T f, const T* x, const T* y, T* to) {
     to[i] = simd::fma(f, x[i] - y[i], to[i]);
 }
 
-/// The gradient of the student's tile: student - teacher with its factor per head, summed over
-/// the heads that share one of the student's. Where heads are one to one, it replaces `teacher`.
+/// out = the gradient of the student's tile: student - teacher with its factor per head, summed
+/// over the heads that share one of the student's.
 template <Real T>
-[[nodiscard]] tensor<T, 3> folded_difference(const cpu::context& ctx, const tensor<T, 3>& student,
-                                             const tensor<T, 3>& teacher,
-                                             const std::vector<T>& factor) {
+void fold_difference(const cpu::context& ctx, const tensor<T, 3>& student,
+                     const tensor<T, 3>& teacher, const std::vector<T>& factor,
+                     const tensor<T, 3>& out) {
   using P = simd::pack<T>;
   const index_t heads = static_cast<index_t>(factor.size()), own = student.extent(1);
   const index_t columns = student.extent(2);
-  const bool in_place = own == heads && teacher.extent(1) == heads;
-  const tensor<T, 3> out = in_place ? teacher : tensor<T, 3>(student.extents());
   for_row_blocks(ctx, student.extent(0), own, [&](index_t g, index_t r0, index_t r1) {
     const index_t first = g * heads / own, last = (g + 1) * heads / own;
     for (index_t r = r0; r < r1; ++r) {
@@ -86,23 +84,115 @@ template <Real T>
       }
     }
   });
-  return out;
 }
 
-/// f(row, row_end, s0, s1) for tiles that cover sequence i of both matrices. They are as small as
-/// the matrices allow, so that what is computed of a tile is still in the cache when it is used.
-template <Real T, class F>
-void for_each_tile(const matrix_panels<T>& a, const matrix_panels<T>& b, index_t i, F f) {
-  constexpr index_t columns = 64;
-  constexpr index_t entries = index_t{1} << 19;
-  const index_t begin = a.layout().begin(i), end = a.layout().end(i);
-  const bool causal = a.is_causal() && b.is_causal();
-  const bool cut = a.has_cheap_rows() && b.has_cheap_rows();
-  const index_t heads = std::max(a.heads(), b.heads());
-  const index_t rows = cut ? std::max<index_t>(256, entries / (columns * heads)) : end - begin;
-  for (index_t s0 = begin; s0 < end; s0 += columns) {
-    for (index_t row = causal ? s0 : begin; row < end; row += rows)
-      f(row, std::min(end, row + rows), s0, std::min(end, s0 + columns));
+/// How sequence i of two matrices is compared: by panels of columns, and those, where the matrices
+/// have cheap rows, by tiles that stay in a thread's cache between being computed and being used.
+template <Real T>
+class matrix_tiling {
+ public:
+  matrix_tiling(const matrix_panels<T>& a, const matrix_panels<T>& b, index_t i)
+      : begin_(a.layout().begin(i)),
+        end_(a.layout().end(i)),
+        row_size_(columns * std::max(a.heads(), b.heads())),
+        causal_(a.is_causal() && b.is_causal()),
+        cheap_rows_(a.has_cheap_rows() && b.has_cheap_rows()) {}
+  [[nodiscard]] bool cheap_rows() const { return cheap_rows_; }
+  [[nodiscard]] index_t panels() const { return (end_ - begin_ + columns - 1) / columns; }
+  /// f(row, row_end, s0, s1) for the pieces of a panel: tiles, or many tiles at once.
+  template <class F>
+  void for_tiles(index_t panel, F f) const {
+    for_pieces(panel, rows_of(index_t{1} << 16), f);
+  }
+  template <class F>
+  void for_large_pieces(index_t panel, F f) const {
+    for_pieces(panel, rows_of(index_t{1} << 19), f);
+  }
+  /// f(row, row_end) for the tiles of a large piece, in parallel.
+  template <class F>
+  void for_tiles_of(const cpu::context& ctx, index_t row, index_t row_end, F f) const {
+    const index_t step = rows_of(index_t{1} << 16);
+    ctx.parallel_for((row_end - row + step - 1) / step, [&](index_t tile) {
+      f(row + tile * step, std::min(row_end, row + (tile + 1) * step));
+    });
+  }
+
+ private:
+  static constexpr index_t columns = 64;
+
+  [[nodiscard]] index_t rows_of(index_t entries) const {
+    return cheap_rows_ ? std::max<index_t>(64, entries / row_size_) : end_ - begin_;
+  }
+  template <class F>
+  void for_pieces(index_t panel, index_t rows, F f) const {
+    const index_t s0 = begin_ + panel * columns, s1 = std::min(end_, s0 + columns);
+    for (index_t row = causal_ ? s0 : begin_; row < end_; row += rows)
+      f(row, std::min(end_, row + rows), s0, s1);
+  }
+
+  index_t begin_, end_, row_size_;
+  bool causal_, cheap_rows_;
+};
+
+/// The sums of the squared entries of student - teacher over sequence i, per head.
+template <Real T>
+[[nodiscard]] std::vector<double> squared_distances(const cpu::context& ctx,
+                                                    const matrix_panels<T>& student,
+                                                    const matrix_panels<T>& teacher, index_t i,
+                                                    index_t heads) {
+  const matrix_tiling<T> tiling(student, teacher, i);
+  const auto size = static_cast<std::size_t>(heads);
+  std::vector<std::vector<double>> sums(static_cast<std::size_t>(tiling.panels()),
+                                        std::vector<double>(size, 0.0));
+  const auto add_panel = [&](index_t panel) {
+    tiling.for_tiles(panel, [&](index_t row, index_t row_end, index_t s0, index_t s1) {
+      add_squared_differences(ctx, student.tile(ctx, i, row, row_end, s0, s1),
+                              teacher.tile(ctx, i, row, row_end, s0, s1),
+                              sums[static_cast<std::size_t>(panel)]);
+    });
+  };
+  // Whole panels are too large to have one per thread: there the threads share each.
+  if (tiling.cheap_rows()) {
+    ctx.parallel_for(tiling.panels(), add_panel);
+  } else {
+    for (index_t panel = 0; panel < tiling.panels(); ++panel)
+      add_panel(panel);
+  }
+  std::vector<double> total(size, 0.0);
+  for (const auto& panel : sums) {
+    for (std::size_t h = 0; h < size; ++h)
+      total[h] += panel[h];
+  }
+  return total;
+}
+
+/// Adds the gradient of sum over heads of factor[h] || student - teacher ||_F^2 / 2 over sequence i
+/// to the student's operands.
+template <Real T>
+void add_distance_gradients(const cpu::context& ctx, matrix_panels<T>& student,
+                            const matrix_panels<T>& teacher, index_t i,
+                            const std::vector<T>& factor) {
+  const matrix_tiling<T> tiling(student, teacher, i);
+  // Rows first, for mixers whose gradient needs whole-row sums; then the gradient.
+  for (const bool second : {false, true}) {
+    if (!second && !student.needs_row_sums()) continue;
+    const auto visit_piece = [&](index_t row, index_t row_end, index_t s0, index_t s1) {
+      if (student.is_constant(i, row, row_end, s0, s1)) return;
+      const tensor<T, 3> m(row_end - row, student.heads(), s1 - s0), d(m.extents());
+      tiling.for_tiles_of(ctx, row, row_end, [&](index_t r0, index_t r1) {
+        const tensor<T, 3> values = m.slice(0, r0 - row, r1 - row);
+        student.tile_into(ctx, i, r0, s0, values);
+        fold_difference(ctx, values, teacher.tile(ctx, i, r0, r1, s0, s1), factor,
+                        d.slice(0, r0 - row, r1 - row));
+      });
+      if (second) {
+        student.add_vjp(ctx, i, row, s0, m, d);
+      } else {
+        student.observe(ctx, i, row, s0, m, d);
+      }
+    };
+    for (index_t panel = 0; panel < tiling.panels(); ++panel)
+      tiling.for_large_pieces(panel, visit_piece);
   }
 }
 
@@ -141,13 +231,7 @@ template <Real T>
   auto norms = std::make_shared<std::vector<double>>();  // sequence-major
   double total = 0;
   for (index_t i = 0; i < layout.sequences(); ++i) {
-    std::vector<double> sums(static_cast<std::size_t>(heads), 0.0);
-    detail::for_each_tile(
-        *teacher, *student, i, [&](index_t row, index_t row_end, index_t s0, index_t s1) {
-          detail::add_squared_differences(p.ctx, student->tile(p.ctx, i, row, row_end, s0, s1),
-                                          teacher->tile(p.ctx, i, row, row_end, s0, s1), sums);
-        });
-    for (const double sum : sums) {
+    for (const double sum : detail::squared_distances(p.ctx, *student, *teacher, i, heads)) {
       norms->push_back(std::sqrt(sum));
       total += norms->back();
     }
@@ -164,21 +248,7 @@ template <Real T>
         const double norm = (*norms)[static_cast<std::size_t>(i * heads + h)];
         factor.push_back(norm > 0 ? static_cast<T>(upstream / (norm * count)) : T(0));
       }
-      // Rows first, for mixers whose gradient needs whole-row sums; then the gradient.
-      for (const bool second : {false, true}) {
-        if (!second && !student->needs_row_sums()) continue;
-        detail::for_each_tile(*teacher, *student, i,
-                              [&](index_t row, index_t row_end, index_t s0, index_t s1) {
-                                const tensor<T, 3> m = student->tile(ctx, i, row, row_end, s0, s1);
-                                const tensor<T, 3> d = detail::folded_difference(
-                                    ctx, m, teacher->tile(ctx, i, row, row_end, s0, s1), factor);
-                                if (second) {
-                                  student->add_vjp(ctx, i, row, s0, m, d);
-                                } else {
-                                  student->observe(ctx, i, row, s0, m, d);
-                                }
-                              });
-      }
+      detail::add_distance_gradients(ctx, *student, *teacher, i, factor);
     }
   });
   return loss;

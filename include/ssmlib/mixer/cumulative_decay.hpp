@@ -29,6 +29,16 @@ class cumulative_decay {
   /// 0: no decay.
   [[nodiscard]] index_t heads() const { return sum_ ? sum_.extent(0) : 0; }
 
+  /// Whether the decay from token `from` to all of [begin, end), all >= from, is 0 to after().
+  [[nodiscard]] bool vanishes(index_t h, index_t from, index_t begin, index_t end) const {
+    if (!sum_) return begin == end;
+    const index_t resets = resets_(h, from);
+    const double limit = sum_(h, from) + static_cast<double>(smallest());
+    index_t t = begin;
+    while (t < end && (resets_(h, t) != resets || sum_(h, t) <= limit))
+      ++t;
+    return t == end;
+  }
   /// out[t - begin] = the decay from token `from` to each t of [begin, end), all >= from. Those
   /// below the smallest normal number are 0. Returns whether any is not 0.
   bool after(index_t h, index_t from, index_t begin, index_t end, T* out) const {
@@ -52,6 +62,11 @@ class cumulative_decay {
  private:
   static constexpr double never = -std::numeric_limits<double>::infinity();
 
+  /// The log of the smallest normal number.
+  [[nodiscard]] static T smallest() {
+    static const T result = std::log(std::numeric_limits<T>::min());
+    return result;
+  }
   static bool ones(index_t n, T* out) {
     std::fill_n(out, n, T(1));
     return n > 0;
@@ -80,13 +95,13 @@ class cumulative_decay {
   template <class F>
   static bool exponentials(index_t n, T* out, F exponent) {
     using P = simd::pack<T>;
-    const T smallest = std::log(std::numeric_limits<T>::min());
+    const T limit = smallest();
     bool any = false;
     for (index_t i = 0; i < n; ++i) {
       const T x = static_cast<T>(exponent(i));
-      // Not x < smallest: NaN stays.
-      out[i] = x <= smallest ? -std::numeric_limits<T>::infinity() : x;
-      any = any || !(x <= smallest);
+      // NaN stays.
+      out[i] = x <= limit ? -std::numeric_limits<T>::infinity() : x;
+      any = any || !(x <= limit);
     }
     if (any) {
       simd::map<T>(n, out, out, [](P x) SSMLIB_LAMBDA_INLINE { return simd::exp(x); });

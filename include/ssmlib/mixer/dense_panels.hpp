@@ -20,10 +20,10 @@ class dense_panels final : public matrix_panels<T> {
   [[nodiscard]] index_t heads() const override { return matrices_.extent(1); }
   [[nodiscard]] bool is_causal() const override { return false; }
   [[nodiscard]] bool has_cheap_rows() const override { return true; }
-  [[nodiscard]] tensor<T, 3> tile(const cpu::context& ctx, index_t i, index_t row, index_t row_end,
-                                  index_t s0, index_t s1) const override {
+  void tile_into(const cpu::context& ctx, index_t i, index_t row, index_t s0,
+                 const tensor<T, 3>& out) const override {
     const index_t begin = layout_.begin(i);
-    tensor<T, 3> out(row_end - row, heads(), s1 - s0);
+    const index_t s1 = s0 + out.extent(2);
     for_row_blocks(ctx, out.extent(0), heads(), [&](index_t h, index_t r0, index_t r1) {
       for (index_t r = r0; r < r1; ++r) {
         for (index_t s = s0; s < s1; ++s) {
@@ -31,7 +31,6 @@ class dense_panels final : public matrix_panels<T> {
         }
       }
     });
-    return out;
   }
   void add_vjp(const cpu::context&, index_t, index_t, index_t, const tensor<T, 3>&,
                const tensor<T, 3>&) override {}

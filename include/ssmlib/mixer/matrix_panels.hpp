@@ -22,18 +22,31 @@ class matrix_panels {
   /// True where entries above the diagonal are zero, so that rows before the panel need no look.
   [[nodiscard]] virtual bool is_causal() const = 0;
 
-  /// Columns [s0, s1), rows [row, row_end) of sequence i; tokens count over the batch.
-  /// @return (rows, heads, s1 - s0), the caller's own; unit stride along the columns
-  [[nodiscard]] virtual tensor<T, 3> tile(const cpu::context& ctx, index_t i, index_t row,
-                                          index_t row_end, index_t s0, index_t s1) const = 0;
+  /// Fills `out`, (rows, heads, columns) with unit stride along the columns: the rows from `row`
+  /// and the columns from s0, all of sequence i; tokens count over the batch.
+  virtual void tile_into(const cpu::context& ctx, index_t i, index_t row, index_t s0,
+                         const tensor<T, 3>& out) const = 0;
   /// Whether a few rows cost little more than their part of all rows.
   [[nodiscard]] virtual bool has_cheap_rows() const = 0;
+
+  /// Rows [row, row_end), columns [s0, s1). @return (row_end - row, heads, s1 - s0)
+  [[nodiscard]] tensor<T, 3> tile(const cpu::context& ctx, index_t i, index_t row, index_t row_end,
+                                  index_t s0, index_t s1) const {
+    tensor<T, 3> out(row_end - row, heads(), s1 - s0);
+    tile_into(ctx, i, row, s0, out);
+    return out;
+  }
   /// A tile of the rows from `row` to the end of the sequence.
   [[nodiscard]] tensor<T, 3> panel(const cpu::context& ctx, index_t i, index_t row, index_t s0,
                                    index_t s1) const {
     return tile(ctx, i, row, layout().end(i), s0, s1);
   }
 
+  /// Whether a tile is known to depend on no operand (it decayed to 0): its gradient matters not.
+  [[nodiscard]] virtual bool is_constant(index_t /*i*/, index_t /*row*/, index_t /*row_end*/,
+                                         index_t /*s0*/, index_t /*s1*/) const {
+    return false;
+  }
   /// Whether the gradient needs sums over whole rows. If so, observe() is shown every tile of a
   /// sequence with its gradient before the first add_vjp() of that sequence.
   [[nodiscard]] virtual bool needs_row_sums() const { return false; }

@@ -41,18 +41,23 @@ class product_panels final : public matrix_panels<typename M::value_type> {
   [[nodiscard]] bool is_causal() const override { return RecurrentMixer<M>; }
 
   [[nodiscard]] bool has_cheap_rows() const override { return false; }
-  [[nodiscard]] tensor<T, 3> tile(const cpu::context& ctx, index_t i, index_t row, index_t row_end,
-                                  index_t s0, index_t s1) const override {
-    const index_t first = first_token(i, s0), n = row_end - row;
-    const tensor<T, 4> y = eval(product(mixer_, i, first, s0, s1), ctx);
-    const tensor<T, 3> all = y.reshape(y.extent(1), heads(), s1 - s0);
-    if (first <= row) return all.slice(0, row - first, row_end - first);
+  void tile_into(const cpu::context& ctx, index_t i, index_t row, index_t s0,
+                 const tensor<T, 3>& out) const override {
+    const index_t first = first_token(i, s0), end = layout_.end(i);
+    const index_t n = out.extent(0), s1 = s0 + out.extent(2);
     // Tokens before `first` have no part in these columns.
-    const index_t zeros = std::min(first - row, n);
-    tensor<T, 3> rows(n, heads(), s1 - s0);
-    rows.slice(0, 0, zeros).fill(T(0));
-    rows.slice(0, zeros, n).copy_from(all.slice(0, 0, n - zeros));
-    return rows;
+    const index_t zeros = std::clamp<index_t>(first - row, 0, n);
+    out.slice(0, 0, zeros).fill(T(0));
+    if (zeros == n) return;
+    const auto e = product(mixer_, i, first, s0, s1);
+    const tensor<T, 3> rows = out.slice(0, zeros, n);
+    if (row <= first && row + n == end) {
+      eval_into(e, rows.reshape(index_t{1}, end - first, heads(), s1 - s0), {}, ctx);
+    } else {
+      const tensor<T, 4> y = eval(e, ctx);
+      const index_t at = row + zeros - first;
+      rows.copy_from(y.reshape(end - first, heads(), s1 - s0).slice(0, at, at + n - zeros));
+    }
   }
 
   void add_vjp(const cpu::context& ctx, index_t i, index_t row, index_t s0, const tensor<T, 3>&,

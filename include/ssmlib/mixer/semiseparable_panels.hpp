@@ -6,6 +6,7 @@
 #include <ssmlib/mixer/matrix_panels.hpp>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <vector>
@@ -61,14 +62,13 @@ class semiseparable_panels final : public matrix_panels<T> {
 
   [[nodiscard]] bool has_cheap_rows() const override { return true; }
 
-  [[nodiscard]] tensor<T, 3> tile(const cpu::context& ctx, index_t, index_t row, index_t end,
-                                  index_t s0, index_t s1) const override {
+  void tile_into(const cpu::context& ctx, index_t, index_t row, index_t s0,
+                 const tensor<T, 3>& out) const override {
+    const index_t s1 = s0 + out.extent(2), end = row + out.extent(0);
     const index_t below = std::clamp(s1, row, end);
-    tensor<T, 3> out(end - row, heads_, s1 - s0);
     for_row_pieces(ctx, heads_, below, end, [&](index_t h, index_t part, index_t t0, index_t t1) {
       if (part == 0) {
-        for (index_t t = row; t < std::min(s0, end); ++t)
-          std::fill_n(&out(t - row, h, 0), s1 - s0, T(0));
+        clear(rows_of_head(out, h, 0, std::clamp<index_t>(s0 - row, 0, end - row)));
         square(h, row, end, s0, s1, out);
       }
       const scratch<T> keys((s1 - s0) * features()), queries(block * features());
@@ -79,12 +79,18 @@ class semiseparable_panels final : public matrix_panels<T> {
           kernels::gemm<T>(T(1), matrix(queries.data(), b1 - b0),
                            transposed(matrix(keys.data(), s1 - s0)), T(0), rows);
         } else {
-          for (index_t t = 0; t < b1 - b0; ++t)
-            std::fill_n(&rows(t, 0), s1 - s0, T(0));
+          clear(rows);
         }
       });
     });
-    return out;
+  }
+
+  [[nodiscard]] bool is_constant(index_t, index_t row, index_t row_end, index_t,
+                                 index_t s1) const override {
+    bool all = row >= s1 && decay_.heads() > 0;
+    for (index_t h = 0; all && h < decay_.heads(); ++h)
+      all = decay_.vanishes(h, s1 - 1, row, row_end);
+    return all;
   }
 
   void add_vjp(const cpu::context& ctx, index_t, index_t row, index_t s0,
@@ -130,6 +136,12 @@ class semiseparable_panels final : public matrix_panels<T> {
     return {data, {rows, features()}, {features(), 1}};
   }
 
+  static void clear(view<T, 2> rows) {
+    for (index_t t = 0; t < rows.extents[0]; ++t) {
+      std::memset(rows.data + t * rows.strides[0], 0,
+                  static_cast<std::size_t>(rows.extents[1]) * sizeof(T));
+    }
+  }
   [[nodiscard]] static index_t pieces(index_t rows) {
     return std::max<index_t>(1, (rows + piece - 1) / piece);
   }

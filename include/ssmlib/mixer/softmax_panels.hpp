@@ -37,9 +37,9 @@ class softmax_panels final : public matrix_panels<T> {
   [[nodiscard]] bool is_causal() const override { return is_causal_; }
 
   [[nodiscard]] bool has_cheap_rows() const override { return true; }
-  [[nodiscard]] tensor<T, 3> tile(const cpu::context& ctx, index_t, index_t row, index_t row_end,
-                                  index_t s0, index_t s1) const override {
-    tensor<T, 3> out(row_end - row, heads_, s1 - s0);
+  void tile_into(const cpu::context& ctx, index_t, index_t row, index_t s0,
+                 const tensor<T, 3>& out) const override {
+    const index_t s1 = s0 + out.extent(2);
     for_row_blocks(ctx, out.extent(0), heads_, [&](index_t h, index_t r0, index_t r1) {
       using P = simd::pack<T>;
       logits(h, row + r0, row + r1, s0, s1, rows_of_head(out, h, r0, r1));
@@ -53,7 +53,6 @@ class softmax_panels final : public matrix_panels<T> {
         std::fill(p + last, p + (s1 - s0), T(0));
       }
     });
-    return out;
   }
 
   [[nodiscard]] bool needs_row_sums() const override { return true; }
