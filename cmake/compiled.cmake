@@ -3,9 +3,14 @@
 # Each row is FAMILY=HEADER. The headers of a family become one generated file, which defines what
 # they mark with SSMLIB_INSTANTIATE(FAMILY, ...) or, in FAMILY_impl.hpp, with SSMLIB_INLINE. Everybody
 # else sees declarations. See include/ssmlib/base/compiled.hpp and docs/build.md.
-# The slowest files come first, so that parallel builds end together.
 set(ssmlib_families
-    cpu_threads=ssmlib/backend/cpu_threads_impl.hpp
+    cpu=ssmlib/backend/cpu_impl.hpp
+    cpu_memory=ssmlib/backend/cpu_memory_impl.hpp
+    error=ssmlib/base/error_impl.hpp
+    tensor=ssmlib/tensor/tensor_impl.hpp
+    layout=ssmlib/tensor/layout_impl.hpp
+    concepts=ssmlib/expr/concepts_impl.hpp
+    state_positions=ssmlib/lower/state_positions_impl.hpp
     gemm=ssmlib/kernels/cpu/gemm.hpp
     gemm=ssmlib/kernels/cpu/skinny.hpp
     attention=ssmlib/kernels/cpu/attention.hpp
@@ -44,6 +49,8 @@ set(ssmlib_families
     block_mamba2=ssmlib/model/make_block.hpp
     block_mlp=ssmlib/model/make_block.hpp
     language_model=ssmlib/model/language_model.hpp
+    semiseparable=ssmlib/lower/semiseparable.hpp
+    softmax=ssmlib/lower/softmax.hpp
     training=ssmlib/train/adamw.hpp
     training=ssmlib/train/cross_entropy.hpp
     training=ssmlib/train/distillation_loss.hpp

@@ -10,10 +10,4 @@ class usage_error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// A file that could not be written although the request was sound, such as on a full disk.
-class file_error : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
 }  // namespace demo

@@ -1,6 +1,5 @@
 #pragma once
 
-#include "atomic_file.hpp"
 #include "chart.hpp"
 #include "png.hpp"
 

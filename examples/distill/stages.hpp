@@ -2,6 +2,7 @@
 
 #include "chart.hpp"
 #include "evaluate.hpp"
+#include "interrupt.hpp"
 #include "progress.hpp"
 #include "settings.hpp"
 #include <ssmlib/io.hpp>
@@ -9,7 +10,6 @@
 #include <ssmlib/ssmlib.hpp>
 
 #include <chrono>
-#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -19,19 +19,6 @@
 #include <vector>
 
 namespace demo {
-
-/// Thrown when Ctrl-C ended a stage, after everything was saved.
-struct interrupted {};
-
-inline volatile std::sig_atomic_t stop_requested = 0;
-
-/// Ctrl-C asks for a stop after the current step; a second one ends the program at once.
-inline void install_signal_handler() {
-  std::signal(SIGINT, [](int) {
-    stop_requested = 1;
-    std::signal(SIGINT, SIG_DFL);
-  });
-}
 
 /// A curve that is saved in a checkpoint's notes.
 struct curve {

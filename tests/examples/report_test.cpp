@@ -1,9 +1,9 @@
 #include "../../examples/distill/report.hpp"
 
+#include "../../examples/distill/output_folder.hpp"
 #include "../support/catch.hpp"
 #include "demo_temporary_folder.hpp"
 
-#include <csignal>
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
@@ -11,7 +11,6 @@
 #include <limits>
 #include <string>
 #include <string_view>
-#include <sys/resource.h>
 #include <utility>
 #include <vector>
 
@@ -75,27 +74,6 @@ decoded_png decode(std::string_view file) {
   REQUIRE(big_endian(stream.substr(at)) == demo::adler32(png.rows));
   return png;
 }
-
-// Makes every write beyond `bytes` fail, as on a full disk, for the time of a scope.
-class file_size_limit {
- public:
-  explicit file_size_limit(rlim_t bytes) : handler_(std::signal(SIGXFSZ, SIG_IGN)) {
-    ::getrlimit(RLIMIT_FSIZE, &before_);
-    rlimit limit = before_;
-    limit.rlim_cur = bytes;
-    ::setrlimit(RLIMIT_FSIZE, &limit);
-  }
-  file_size_limit(const file_size_limit&) = delete;
-  file_size_limit& operator=(const file_size_limit&) = delete;
-  ~file_size_limit() {
-    ::setrlimit(RLIMIT_FSIZE, &before_);
-    std::signal(SIGXFSZ, handler_);
-  }
-
- private:
-  void (*handler_)(int);
-  rlimit before_{};
-};
 
 }  // namespace
 
@@ -276,49 +254,8 @@ TEST_CASE("examples/chart: thinning takes means of equal runs and skips bad valu
   CHECK(few.y == std::vector<double>{3, 6, 9});
 }
 
-TEST_CASE("examples/atomic_file: a file is replaced as a whole", "[examples][atomic_file]") {
-  const temporary_folder folder;
-  const auto file = folder.path() / "report.html";
-  demo::write_atomically(file, "first, and longer");
-  demo::write_atomically(file, std::string_view("a\0b", 3));
-  CHECK(read(file) == std::string("a\0b", 3));
-  CHECK(folder.entries() == 1);
-}
-
-TEST_CASE("examples/atomic_file: a folder that takes no file throws and nothing is left",
-          "[examples][atomic_file][error]") {
-  const temporary_folder folder;
-  const auto blocker = folder.add("file", "");
-  CHECK_THROWS_AS(demo::write_atomically(blocker / "report.html", "x"), demo::file_error);
-  CHECK_THROWS_WITH(demo::write_atomically(folder.path() / "none" / "report.html", "x"),
-                    contains("the folder takes no new file"));
-  CHECK(folder.entries() == 1);
-}
-
-TEST_CASE("examples/atomic_file: a full disk keeps the old file and leaves no temporary one",
-          "[examples][atomic_file][error]") {
-  const temporary_folder folder;
-  const auto file = folder.add("report.html", "old");
-  {
-    const file_size_limit limit(1000);
-    CHECK_THROWS_WITH(demo::write_atomically(file, std::string(5000, 'x')),
-                      contains("writing failed"));
-  }
-  CHECK(read(file) == "old");
-  CHECK(folder.entries() == 1);
-}
-
-TEST_CASE("examples/atomic_file: a destination that is a folder is refused",
-          "[examples][atomic_file][error]") {
-  const temporary_folder folder;
-  folder.add("taken/inside", "");
-  CHECK_THROWS_WITH(demo::write_atomically(folder.path() / "taken", "x"),
-                    contains("renaming into place failed"));
-  CHECK(folder.entries() == 1);
-}
-
-TEST_CASE("examples/atomic_file: an output folder is created, or refused in one sentence",
-          "[examples][atomic_file]") {
+TEST_CASE("examples/output_folder: an output folder is created, or refused in one sentence",
+          "[examples][output_folder]") {
   const temporary_folder folder;
   demo::require_writable_folder(folder.path() / "a" / "b");
   CHECK(std::filesystem::is_empty(folder.path() / "a" / "b"));

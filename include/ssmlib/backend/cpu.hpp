@@ -3,17 +3,13 @@
 #include <ssmlib/backend/backend.hpp>
 #include <ssmlib/backend/cpu_memory.hpp>
 #include <ssmlib/base/config.hpp>
-#include <ssmlib/base/error.hpp>
 #include <ssmlib/base/types.hpp>
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <exception>
 #include <memory>
-#include <string>
 #include <string_view>
-#include <thread>
 #include <type_traits>
 #include <utility>
 
@@ -21,7 +17,7 @@ namespace ssm {
 
 namespace detail {
 
-/// The threads behind a context. Its members are defined in cpu_threads_impl.hpp, the one header
+/// The threads behind a context. Its members are defined in cpu_impl.hpp, the one header
 /// of this layer that includes Eigen (for Eigen::ThreadPool, which spins briefly and then parks).
 class worker_pool {
  public:
@@ -67,13 +63,7 @@ struct cpu {
   class context {
    public:
     /// @param threads  >= 1, the calling thread included. Results do not depend on it.
-    explicit context(int threads) : threads_(threads) {
-      if (threads < 1) {
-        throw value_error("ssm: cpu::context(" + std::to_string(threads) +
-                          " threads): wanted at least 1");
-      }
-      if (threads > 1) pool_ = std::make_unique<detail::worker_pool>(threads - 1);
-    }
+    explicit context(int threads);
     context() : context(default_threads()) {}
 
     [[nodiscard]] int threads() const { return threads_; }
@@ -109,13 +99,7 @@ struct cpu {
     }
 
     /// The environment variable SSMLIB_THREADS, else the number of cores.
-    [[nodiscard]] static int default_threads() {
-      if (const char* text = std::getenv("SSMLIB_THREADS")) {
-        const int n = std::atoi(text);
-        if (n >= 1) return n;
-      }
-      return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-    }
+    [[nodiscard]] static int default_threads();
 
    private:
     int threads_ = 1;
@@ -125,10 +109,7 @@ struct cpu {
 static_assert(Backend<cpu>);
 
 template <>
-[[nodiscard]] inline cpu::context& default_context<cpu>() {
-  static cpu::context ctx;
-  return ctx;
-}
+[[nodiscard]] cpu::context& default_context<cpu>();
 
 /// Uninitialised working memory of one kernel call, from the pool.
 template <class T>
@@ -152,5 +133,5 @@ class scratch {
 }  // namespace ssm
 
 #ifndef SSMLIB_COMPILED
-#include <ssmlib/backend/cpu_threads_impl.hpp>
+#include <ssmlib/backend/cpu_impl.hpp>
 #endif

@@ -7,9 +7,9 @@
 ///
 ///     SSMLIB_INSTANTIATE(gemm, void gemm<float>(view<const float, 2>, ...));
 ///
-/// where `gemm` is a row of the list in cmake/compiled.cmake. Header-only builds ignore the line;
-/// with SSMLIB_COMPILED it is an `extern template`, and in the library's own generated file for
-/// that family it is the definition.
+/// where `gemm` is a family of the list in cmake/compiled.cmake, in which the header has a row.
+/// Header-only builds ignore the line; with SSMLIB_COMPILED it is an `extern template`, and in the
+/// library's own generated file for that family it is the definition.
 ///
 /// Functions that are no templates stand in NAME_impl.hpp, each marked SSMLIB_INLINE, with a row
 /// for NAME in the list. Their header includes that file at its end `#ifndef SSMLIB_COMPILED`;

@@ -47,13 +47,10 @@ class numeric_error : public error {
 };
 
 /// "(2 x 37 x 64)": how every message prints a shape.
-[[nodiscard]] inline std::string to_string(std::span<const index_t> extents) {
-  std::string text = "(";
-  for (std::size_t i = 0; i < extents.size(); ++i) {
-    if (i != 0) text += " x ";
-    text += std::to_string(extents[i]);
-  }
-  return text + ")";
-}
+[[nodiscard]] std::string to_string(std::span<const index_t> extents);
 
 }  // namespace ssm
+
+#ifndef SSMLIB_COMPILED
+#include <ssmlib/base/error_impl.hpp>
+#endif

@@ -4,9 +4,11 @@
 #include <ssmlib/decode/sampling.hpp>
 #include <ssmlib/model/language_model.hpp>
 
+#include <cstdint>
 #include <functional>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 namespace ssm {

@@ -4,6 +4,9 @@
 #include <ssmlib/decode/generate.hpp>
 
 #include <algorithm>
+#include <cstdint>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace ssm {

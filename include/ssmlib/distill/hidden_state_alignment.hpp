@@ -4,6 +4,7 @@
 #include <ssmlib/base/error.hpp>
 #include <ssmlib/nn/pass.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 

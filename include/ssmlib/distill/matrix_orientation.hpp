@@ -5,8 +5,10 @@
 #include <ssmlib/mixer/panels.hpp>
 #include <ssmlib/nn/pass.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace ssm {

@@ -10,6 +10,8 @@
 #include <ssmlib/train/selection.hpp>
 #include <ssmlib/train/trainer.hpp>
 
+#include <algorithm>
+#include <cstdint>
 #include <string>
 #include <vector>
 

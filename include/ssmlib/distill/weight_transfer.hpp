@@ -5,7 +5,9 @@
 #include <ssmlib/mixer/mamba2.hpp>
 #include <ssmlib/model/language_model.hpp>
 
+#include <algorithm>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace ssm {

@@ -84,22 +84,11 @@ template <class T, int R, Backend B>
 }
 
 /// Throws unless the smaller of two head counts divides the larger; returns the larger.
-inline index_t join_heads(const char* what, index_t a, index_t b) {
-  if (a == 0 || b == 0) return std::max(a, b);
-  if (std::max(a, b) % std::min(a, b) != 0) {
-    throw shape_error("ssm: " + std::string(what) + ": " + std::to_string(a) + " heads and " +
-                      std::to_string(b) + " heads; wanted one number to divide the other");
-  }
-  return std::max(a, b);
-}
+index_t join_heads(const char* what, index_t a, index_t b);
 /// Throws unless two (batch, time) pairs agree; 0 means any.
-inline void check_time(const char* what, index_t b0, index_t t0, index_t b1, index_t t1) {
-  if ((b0 != 0 && b1 != 0 && b0 != b1) || (t0 != 0 && t1 != 0 && t0 != t1)) {
-    throw shape_error("ssm: " + std::string(what) + ": one operand is (batch " +
-                      std::to_string(b0) + ", time " + std::to_string(t0) + "), the other (batch " +
-                      std::to_string(b1) + ", time " + std::to_string(t1) + "); wanted the same");
-  }
-}
+void check_time(const char* what, index_t b0, index_t t0, index_t b1, index_t t1);
+/// Throws unless a layout has as many tokens as an operand.
+void check_tokens(const char* what, const sequence_layout& layout, index_t tokens);
 
 }  // namespace detail
 
@@ -115,11 +104,7 @@ template <class M>
 template <class M>
 [[nodiscard]] M packed(const sequence_layout& layout, M m) {
   if (!layout) return m;  // none: the rectangle stays
-  if (m.length() != 0 && m.batch() * m.length() != layout.tokens()) {
-    throw shape_error("ssm: packed: the layout has " + std::to_string(layout.tokens()) +
-                      " tokens, the operands have " + std::to_string(m.batch() * m.length()) +
-                      "; wanted the same");
-  }
+  if (m.length() != 0) detail::check_tokens("packed", layout, m.batch() * m.length());
   m.layout = layout;
   return m;
 }
@@ -150,3 +135,7 @@ template <class M, class F>
 
 }  // namespace detail
 }  // namespace ssm
+
+#ifndef SSMLIB_COMPILED
+#include <ssmlib/expr/concepts_impl.hpp>
+#endif

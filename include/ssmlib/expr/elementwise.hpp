@@ -3,6 +3,11 @@
 #include <ssmlib/expr/concepts.hpp>
 
 #include <algorithm>
+#include <array>
+#include <concepts>
+#include <span>
+#include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 

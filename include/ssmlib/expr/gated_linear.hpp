@@ -3,7 +3,9 @@
 #include <ssmlib/expr/gram.hpp>
 #include <ssmlib/expr/mask.hpp>
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 namespace ssm {

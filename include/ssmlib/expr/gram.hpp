@@ -2,7 +2,10 @@
 
 #include <ssmlib/expr/concepts.hpp>
 
+#include <algorithm>
 #include <cmath>
+#include <concepts>
+#include <utility>
 
 namespace ssm {
 

@@ -3,6 +3,10 @@
 #include <ssmlib/expr/gram.hpp>
 #include <ssmlib/expr/mask.hpp>
 
+#include <algorithm>
+#include <concepts>
+#include <utility>
+
 namespace ssm {
 
 namespace detail {

@@ -2,6 +2,10 @@
 
 #include <ssmlib/expr/concepts.hpp>
 
+#include <cmath>
+#include <string>
+#include <vector>
+
 namespace ssm {
 
 /// A structured T x T mask L of masked attention L o (Q K^T). A mask is itself a mixer

@@ -2,6 +2,12 @@
 
 #include <ssmlib/expr/concepts.hpp>
 
+#include <algorithm>
+#include <concepts>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
 namespace ssm {
 
 /// mixer * X with the algorithm as a type. Nothing is computed until eval(); the node owns what it
@@ -61,9 +67,8 @@ template <MatrixMixer M, Real T, int R, Backend B>
     if (mixer.length() == 0) {  // a bare mask takes its length from X
       mixer.layout = sequence_layout::rectangular(x4.extent(0), x4.extent(1));
     }
-  } else if (mixer.layout.tokens() != x4.extent(0) * x4.extent(1)) {
-    throw shape_error("ssm: mixer * X: the layout has " + std::to_string(mixer.layout.tokens()) +
-                      " tokens, X is " + to_string<4>(x4.extents()) + "; wanted as many");
+  } else {
+    detail::check_tokens("mixer * X", mixer.layout, x4.extent(0) * x4.extent(1));
   }
   detail::join_heads("mixer * X", mixer.heads(), x4.extent(2));
   return {std::move(mixer), std::move(x4), {}};

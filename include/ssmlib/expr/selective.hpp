@@ -3,6 +3,7 @@
 #include <ssmlib/expr/mask.hpp>
 
 #include <cmath>
+#include <string>
 
 namespace ssm {
 

@@ -3,7 +3,10 @@
 #include <ssmlib/expr/gram.hpp>
 #include <ssmlib/expr/mask.hpp>
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
+#include <utility>
 
 namespace ssm {
 

@@ -2,6 +2,9 @@
 
 #include <ssmlib/expr/hadamard.hpp>
 
+#include <concepts>
+#include <utility>
+
 namespace ssm {
 
 /// A mask of your own that only knows how to multiply: a struct with

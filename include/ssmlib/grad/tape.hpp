@@ -3,7 +3,9 @@
 #include <ssmlib/lower/evaluate.hpp>
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>

@@ -5,9 +5,15 @@
 #include <ssmlib/train/adamw.hpp>
 #include <ssmlib/train/data.hpp>
 
+#include <algorithm>
 #include <bit>
+#include <cstdint>
 #include <map>
 #include <set>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
 
 namespace ssm {
 

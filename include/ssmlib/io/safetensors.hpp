@@ -4,11 +4,19 @@
 #include <ssmlib/io/safetensors_header.hpp>
 #include <ssmlib/tensor/tensor.hpp>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <cstring>
 #include <limits>
+#include <map>
 #include <memory>
+#include <string>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 static_assert(std::endian::native == std::endian::little,
               "ssm: safetensors files are little-endian; this machine is not");

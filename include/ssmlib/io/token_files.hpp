@@ -3,7 +3,13 @@
 #include <ssmlib/io/atomic_file.hpp>
 #include <ssmlib/train/data.hpp>
 
+#include <cstdint>
+#include <cstring>
 #include <filesystem>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
 
 namespace ssm {
 

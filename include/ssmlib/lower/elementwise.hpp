@@ -3,6 +3,10 @@
 #include <ssmlib/expr/mix.hpp>
 #include <ssmlib/lower/elementwise_loops.hpp>
 
+#include <algorithm>
+#include <array>
+#include <concepts>
+#include <type_traits>
 #include <utility>
 
 namespace ssm {

@@ -3,6 +3,10 @@
 #include <ssmlib/kernels/cpu/elementwise_functions.hpp>
 #include <ssmlib/lower/streams.hpp>
 
+#include <algorithm>
+#include <array>
+#include <concepts>
+
 /// @file
 /// The inner loops of elementwise expressions: one row at a time, one pack at a time, forward and
 /// backward. Leaves are numbered from left to right; `First` is the number of an expression's

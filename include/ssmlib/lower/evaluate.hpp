@@ -3,6 +3,7 @@
 #include <ssmlib/expr/mix.hpp>
 #include <ssmlib/lower/quadratic.hpp>
 
+#include <concepts>
 #include <string_view>
 
 namespace ssm {

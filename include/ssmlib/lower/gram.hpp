@@ -4,6 +4,10 @@
 #include <ssmlib/lower/head_gradients.hpp>
 #include <ssmlib/lower/semiseparable.hpp>
 
+#include <concepts>
+#include <string_view>
+#include <utility>
+
 namespace ssm {
 
 /// @file

@@ -4,6 +4,13 @@
 #include <ssmlib/lower/softmax.hpp>
 #include <ssmlib/lower/state.hpp>
 
+#include <algorithm>
+#include <limits>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
 namespace ssm {
 
 /// The state of causal softmax attention: the keys and values of the tokens so far. With a window

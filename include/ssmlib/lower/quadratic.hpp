@@ -3,6 +3,12 @@
 #include <ssmlib/expr/mix.hpp>
 #include <ssmlib/kernels/cpu/gemm.hpp>
 
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <string_view>
+#include <type_traits>
+
 namespace ssm {
 
 /// A node that brings its own gradient of dense(): dense_vjp(d_dense, gradient_node) adds to the

@@ -4,6 +4,10 @@
 #include <ssmlib/kernels/cpu/simd.hpp>
 #include <ssmlib/lower/elementwise.hpp>
 
+#include <algorithm>
+#include <array>
+#include <string>
+
 /// @file
 /// Sums, means and maxima over rows (the last axis) or over everything, and softmax of rows, with
 /// their vector-Jacobian products, which add to dx. Orders of summation depend on the shapes only;

@@ -5,6 +5,8 @@
 #include <ssmlib/lower/evaluate.hpp>
 #include <ssmlib/lower/head_gradients.hpp>
 
+#include <concepts>
+
 namespace ssm {
 
 namespace detail {

@@ -1,9 +1,16 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/linear_recurrence.hpp>
 #include <ssmlib/kernels/cpu/ssd.hpp>
 #include <ssmlib/kernels/cpu/ssd_vjp.hpp>
 #include <ssmlib/lower/wrappers.hpp>
+
+#include <algorithm>
+#include <concepts>
+#include <string>
+#include <string_view>
+#include <utility>
 
 namespace ssm {
 
@@ -353,5 +360,31 @@ void apply_mixer_vjp(const cpu::context& ctx, alg::quadratic algorithm, const L&
                      const carry_gradient<typename L::value_type>& c) {
   detail::apply_bare_mask_vjp(ctx, algorithm, m, x, dy, dm, dx, c);
 }
+
+#define SSMLIB_DETAIL_LIST(T, Mask, Algorithm)                                                  \
+  SSMLIB_INSTANTIATE(semiseparable, void detail::apply_semiseparable(                           \
+                                        const cpu::context&, alg::Algorithm,                    \
+                                        const masked_gram<Mask<T>, T, cpu, feature::identity>&, \
+                                        const tensor<T, 1>&, const tensor<T, 4>&,               \
+                                        const tensor<T, 4>&, const carry<T>&));                 \
+  SSMLIB_INSTANTIATE(semiseparable,                                                             \
+                     void detail::apply_semiseparable_vjp(                                      \
+                         const cpu::context&, alg::Algorithm,                                   \
+                         const masked_gram<Mask<T>, T, cpu, feature::identity>&,                \
+                         const tensor<T, 1>&, const tensor<T, 4>&, const tensor<T, 4>&,         \
+                         const masked_gram<Mask<T>, T, cpu, feature::identity>&,                \
+                         const tensor<T, 1>&, const tensor<T, 4>&, const carry_gradient<T>&))
+#define SSMLIB_DETAIL_ALGORITHMS(T, Mask) \
+  SSMLIB_DETAIL_LIST(T, Mask, chunked);   \
+  SSMLIB_DETAIL_LIST(T, Mask, recurrent); \
+  SSMLIB_DETAIL_LIST(T, Mask, quadratic)
+SSMLIB_DETAIL_ALGORITHMS(float, causal_mask);
+SSMLIB_DETAIL_ALGORITHMS(float, decay_mask);
+SSMLIB_DETAIL_ALGORITHMS(float, semiseparable_mask);
+SSMLIB_DETAIL_ALGORITHMS(double, causal_mask);
+SSMLIB_DETAIL_ALGORITHMS(double, decay_mask);
+SSMLIB_DETAIL_ALGORITHMS(double, semiseparable_mask);
+#undef SSMLIB_DETAIL_LIST
+#undef SSMLIB_DETAIL_ALGORITHMS
 
 }  // namespace ssm

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/compiled.hpp>
 #include <ssmlib/expr/softmax.hpp>
 #include <ssmlib/kernels/cpu/attention_backward.hpp>
 #include <ssmlib/kernels/cpu/attention_quadratic.hpp>
@@ -100,5 +101,19 @@ void apply_mixer_vjp(const cpu::context& ctx, alg::quadratic, const softmax_mixe
                                          dq, dk, dv, layout.offsets(), layout.sequences());
                                    });
 }
+
+#define SSMLIB_DETAIL_LIST(T, Algorithm)                                                          \
+  SSMLIB_INSTANTIATE(                                                                             \
+      softmax, void apply_mixer(const cpu::context&, alg::Algorithm, const softmax_mixer<T>&,     \
+                                const tensor<T, 4>&, const tensor<T, 4>&, const carry<T>&));      \
+  SSMLIB_INSTANTIATE(                                                                             \
+      softmax, void apply_mixer_vjp(const cpu::context&, alg::Algorithm, const softmax_mixer<T>&, \
+                                    const tensor<T, 4>&, const tensor<T, 4>&, softmax_mixer<T>&,  \
+                                    const tensor<T, 4>&, const carry_gradient<T>&))
+SSMLIB_DETAIL_LIST(float, tiled);
+SSMLIB_DETAIL_LIST(float, quadratic);
+SSMLIB_DETAIL_LIST(double, tiled);
+SSMLIB_DETAIL_LIST(double, quadratic);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm

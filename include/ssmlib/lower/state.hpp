@@ -1,10 +1,15 @@
 #pragma once
 
 #include <ssmlib/lower/evaluate.hpp>
+#include <ssmlib/lower/state_positions.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <span>
 #include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace ssm {
@@ -20,83 +25,6 @@ namespace ssm {
 /// and `advance(mixer * X, state)` runs any number of new tokens from any position.
 
 namespace detail {
-
-/// Positions and rollback budget of a batch of sequences: the part all states share.
-class state_positions {
- public:
-  state_positions() = default;
-  state_positions(index_t sequences, index_t max_rollback)
-      : position_(tensor<index_t, 1>::zeros(sequences)),
-        undoable_(tensor<index_t, 1>::zeros(sequences)),
-        max_rollback_(max_rollback) {
-    if (sequences < 0 || max_rollback < 0) {
-      throw value_error("ssm: a state of " + std::to_string(sequences) +
-                        " sequences with rollback " + std::to_string(max_rollback) +
-                        ": wanted counts that are not negative");
-    }
-  }
-  state_positions(const state_positions& other)
-      : position_(other.position_.clone()),
-        undoable_(other.undoable_.clone()),
-        max_rollback_(other.max_rollback_) {}
-  state_positions(state_positions&&) = default;
-  state_positions& operator=(state_positions other) {
-    position_ = other.position_;
-    undoable_ = other.undoable_;
-    max_rollback_ = other.max_rollback_;
-    return *this;
-  }
-
-  [[nodiscard]] index_t sequences() const { return position_ ? position_.extent(0) : 0; }
-  [[nodiscard]] index_t max_rollback() const { return max_rollback_; }
-  [[nodiscard]] index_t operator[](index_t i) const { return position_(i); }
-  [[nodiscard]] index_t undoable(index_t i) const { return undoable_(i); }
-  [[nodiscard]] std::span<const index_t> all() const {
-    return {position_.data(), static_cast<std::size_t>(sequences())};
-  }
-
-  void advance(index_t i, index_t tokens) {
-    position_(i) += tokens;
-    undoable_(i) = std::min(max_rollback_, undoable_(i) + tokens);
-  }
-  /// @throws value_error  n is negative or more than can be undone; nothing has changed then.
-  void check_rollback(index_t i, index_t n) const {
-    if (n < 0 || n > undoable_(i)) {
-      throw value_error("ssm: rollback(" + std::to_string(n) + ") of sequence " +
-                        std::to_string(i) + ": " + std::to_string(undoable_(i)) +
-                        " tokens can be undone (max_rollback " + std::to_string(max_rollback_) +
-                        "); make the state with a larger max_rollback");
-    }
-  }
-  void check_rollback(std::span<const index_t> n) const {
-    if (static_cast<index_t>(n.size()) != sequences()) {
-      throw shape_error("ssm: rollback: " + std::to_string(n.size()) + " counts for " +
-                        std::to_string(sequences()) + " sequences; give one each");
-    }
-    for (index_t i = 0; i < sequences(); ++i) {
-      check_rollback(i, n[static_cast<std::size_t>(i)]);
-    }
-  }
-  void rollback(index_t i, index_t n) {
-    position_(i) -= n;
-    undoable_(i) -= n;
-  }
-  /// @throws shape_error  the layout has another number of sequences.
-  void check_layout(const sequence_layout& layout) const {
-    if (layout.sequences() != sequences()) {
-      throw shape_error("ssm: advance: the tokens are of " + std::to_string(layout.sequences()) +
-                        " sequences, the state of " + std::to_string(sequences()) +
-                        "; wanted the same");
-    }
-  }
-  friend bool operator==(const state_positions& a, const state_positions& b) {
-    return std::ranges::equal(a.all(), b.all());
-  }
-
- private:
-  tensor<index_t, 1> position_, undoable_;
-  index_t max_rollback_ = 0;
-};
 
 /// Calls f(i, n[i]) for all sequences after all counts have been checked.
 template <class F>

@@ -2,7 +2,9 @@
 
 #include <ssmlib/tensor/tensor.hpp>
 
+#include <algorithm>
 #include <array>
+#include <concepts>
 
 /// @file
 /// Several tensors walked in step: extents aligned at the last axis, repeated axes with stride 0,

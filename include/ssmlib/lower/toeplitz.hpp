@@ -4,6 +4,10 @@
 #include <ssmlib/kernels/cpu/toeplitz_quadratic.hpp>
 #include <ssmlib/lower/gram.hpp>
 
+#include <concepts>
+#include <string_view>
+#include <utility>
+
 namespace ssm {
 
 /// @file

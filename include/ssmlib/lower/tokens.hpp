@@ -2,6 +2,7 @@
 
 #include <ssmlib/tensor/tensor.hpp>
 
+#include <array>
 #include <utility>
 
 namespace ssm::detail {

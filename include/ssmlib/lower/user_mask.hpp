@@ -3,6 +3,10 @@
 #include <ssmlib/expr/user_mask.hpp>
 #include <ssmlib/lower/gram.hpp>
 
+#include <algorithm>
+#include <string_view>
+#include <utility>
+
 namespace ssm {
 
 /// @file

@@ -4,7 +4,9 @@
 #include <ssmlib/lower/evaluate.hpp>
 #include <ssmlib/lower/tokens.hpp>
 
+#include <concepts>
 #include <numeric>
+#include <string_view>
 
 namespace ssm {
 

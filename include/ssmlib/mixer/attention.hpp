@@ -6,7 +6,10 @@
 #include <ssmlib/mixer/sequence_mixer.hpp>
 #include <ssmlib/nn/rope.hpp>
 
+#include <cmath>
+#include <cstdint>
 #include <optional>
+#include <utility>
 
 namespace ssm {
 

@@ -2,6 +2,8 @@
 
 #include <ssmlib/mixer/matrix_panels.hpp>
 
+#include <utility>
+
 namespace ssm::detail {
 
 /// Panels of given matrices (b, H, T, T); no gradients.

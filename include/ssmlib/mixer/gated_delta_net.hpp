@@ -8,6 +8,10 @@
 #include <ssmlib/nn/l2_normalize.hpp>
 #include <ssmlib/nn/norm.hpp>
 
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
 namespace ssm {
 
 struct gated_delta_net_options {

@@ -6,6 +6,10 @@
 #include <ssmlib/mixer/sequence_mixer.hpp>
 #include <ssmlib/nn/norm.hpp>
 
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
 namespace ssm {
 
 struct linear_attention_options {

@@ -8,6 +8,10 @@
 #include <ssmlib/mixer/mamba2.hpp>
 #include <ssmlib/mixer/sequence_mixer.hpp>
 
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
 namespace ssm {
 
 struct mamba1_options {

@@ -7,6 +7,11 @@
 #include <ssmlib/nn/discretize.hpp>
 #include <ssmlib/nn/norm.hpp>
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
 namespace ssm {
 
 struct mamba2_options {

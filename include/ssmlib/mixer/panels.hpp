@@ -5,7 +5,9 @@
 #include <ssmlib/mixer/semiseparable_panels.hpp>
 #include <ssmlib/mixer/softmax_panels.hpp>
 
+#include <concepts>
 #include <memory>
+#include <utility>
 
 namespace ssm {
 

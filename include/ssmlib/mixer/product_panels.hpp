@@ -4,6 +4,12 @@
 #include <ssmlib/lower/state.hpp>
 #include <ssmlib/mixer/matrix_panels.hpp>
 
+#include <algorithm>
+#include <concepts>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+
 namespace ssm {
 
 /// Whether column s of a mixer depends on the tokens from s on only, so that panels can be read

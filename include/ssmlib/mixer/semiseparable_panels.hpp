@@ -6,6 +6,7 @@
 #include <ssmlib/mixer/matrix_panels.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <cstring>
 #include <memory>
 #include <numeric>

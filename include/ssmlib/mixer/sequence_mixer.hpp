@@ -6,7 +6,10 @@
 #include <ssmlib/nn/linear.hpp>
 #include <ssmlib/nn/pass.hpp>
 
+#include <algorithm>
+#include <array>
 #include <concepts>
+#include <memory>
 #include <span>
 #include <utility>
 

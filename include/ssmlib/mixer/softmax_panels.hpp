@@ -6,6 +6,7 @@
 #include <ssmlib/kernels/cpu/simd.hpp>
 #include <ssmlib/mixer/matrix_panels.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>

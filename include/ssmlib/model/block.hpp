@@ -4,8 +4,12 @@
 #include <ssmlib/mixer/sequence_mixer.hpp>
 #include <ssmlib/nn/norm.hpp>
 
+#include <concepts>
 #include <memory>
+#include <span>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <typeinfo>
 #include <utility>
 #include <vector>

@@ -7,6 +7,7 @@
 #include <ssmlib/mixer/mamba2.hpp>
 
 #include <string>
+#include <string_view>
 
 namespace ssm {
 

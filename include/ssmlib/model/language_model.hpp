@@ -8,10 +8,14 @@
 #include <ssmlib/nn/linear.hpp>
 #include <ssmlib/nn/norm.hpp>
 
+#include <concepts>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 

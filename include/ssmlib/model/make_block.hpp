@@ -12,6 +12,7 @@
 #include <ssmlib/nn/norm.hpp>
 
 #include <cmath>
+#include <cstdint>
 #include <memory>
 
 /// @file

@@ -8,8 +8,10 @@
 #include <ssmlib/nn/pass.hpp>
 
 #include <algorithm>
+#include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 
 namespace ssm {
 

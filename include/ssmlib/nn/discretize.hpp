@@ -6,6 +6,7 @@
 #include <ssmlib/nn/pass.hpp>
 
 #include <limits>
+#include <string>
 
 namespace ssm {
 

@@ -6,6 +6,8 @@
 #include <ssmlib/nn/parameter.hpp>
 #include <ssmlib/nn/pass.hpp>
 
+#include <cstdint>
+
 namespace ssm {
 
 namespace op {

@@ -4,6 +4,8 @@
 #include <ssmlib/lower/tokens.hpp>
 #include <ssmlib/nn/pass.hpp>
 
+#include <string>
+
 namespace ssm {
 
 namespace op {

@@ -9,6 +9,7 @@
 #include <ssmlib/nn/pass.hpp>
 
 #include <algorithm>
+#include <cstdint>
 #include <string>
 
 namespace ssm {

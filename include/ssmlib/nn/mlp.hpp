@@ -3,6 +3,8 @@
 #include <ssmlib/kernels/cpu/activation.hpp>
 #include <ssmlib/nn/linear.hpp>
 
+#include <cstdint>
+
 namespace ssm {
 
 namespace op {

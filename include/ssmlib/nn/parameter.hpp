@@ -3,8 +3,10 @@
 #include <ssmlib/tensor/random.hpp>
 
 #include <cmath>
+#include <cstdint>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 namespace ssm {

@@ -5,9 +5,11 @@
 #include <ssmlib/nn/pass.hpp>
 #include <ssmlib/tensor/layout.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 #include <optional>
+#include <string>
 
 namespace ssm {
 

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <initializer_list>
 #include <span>
-#include <vector>
 
 namespace ssm {
 
@@ -21,48 +20,17 @@ class sequence_layout {
   sequence_layout() = default;
 
   /// `sequences` sequences of `length` tokens each. @throws shape_error  a negative count.
-  [[nodiscard]] static sequence_layout rectangular(index_t sequences, index_t length) {
-    if (sequences < 0 || length < 0) {
-      throw shape_error("ssm: sequence_layout::rectangular(" + std::to_string(sequences) + ", " +
-                        std::to_string(length) + "): counts are not negative");
-    }
-    sequence_layout layout(sequences);
-    for (index_t i = 0; i <= sequences; ++i)
-      layout.offsets_(i) = i * length;
-    return layout;
-  }
+  [[nodiscard]] static sequence_layout rectangular(index_t sequences, index_t length);
 
   /// Sequences of these lengths. @throws shape_error  a negative length.
-  [[nodiscard]] static sequence_layout from_lengths(std::span<const index_t> lengths) {
-    sequence_layout layout(static_cast<index_t>(lengths.size()));
-    index_t total = 0;
-    for (std::size_t i = 0; i < lengths.size(); ++i) {
-      if (lengths[i] < 0) {
-        throw shape_error("ssm: sequence_layout: sequence " + std::to_string(i) + " has length " +
-                          std::to_string(lengths[i]) + "; wanted >= 0");
-      }
-      layout.offsets_(static_cast<index_t>(i)) = total;
-      total += lengths[i];
-    }
-    layout.offsets_(layout.sequences()) = total;
-    return layout;
-  }
+  [[nodiscard]] static sequence_layout from_lengths(std::span<const index_t> lengths);
   [[nodiscard]] static sequence_layout from_lengths(std::initializer_list<index_t> lengths) {
     return from_lengths(std::span<const index_t>(lengths.begin(), lengths.size()));
   }
 
   /// The same sequences, each starting at the given position (of its first token here).
   /// @throws shape_error  another number of positions than sequences.
-  [[nodiscard]] sequence_layout at_positions(std::span<const index_t> first) const {
-    if (static_cast<index_t>(first.size()) != sequences()) {
-      throw shape_error("ssm: at_positions: " + std::to_string(first.size()) + " positions for " +
-                        std::to_string(sequences()) + " sequences; give one each");
-    }
-    sequence_layout layout = *this;
-    layout.first_ = tensor<index_t, 1>(shape<1>{sequences()});
-    std::copy(first.begin(), first.end(), layout.first_.data());
-    return layout;
-  }
+  [[nodiscard]] sequence_layout at_positions(std::span<const index_t> first) const;
 
   explicit operator bool() const { return static_cast<bool>(offsets_); }
   [[nodiscard]] index_t sequences() const { return offsets_ ? offsets_.extent(0) - 1 : 0; }
@@ -88,3 +56,7 @@ class sequence_layout {
 };
 
 }  // namespace ssm
+
+#ifndef SSMLIB_COMPILED
+#include <ssmlib/tensor/layout_impl.hpp>
+#endif

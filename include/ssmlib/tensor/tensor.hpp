@@ -8,12 +8,33 @@
 
 #include <algorithm>
 #include <atomic>
+#include <concepts>
 #include <cstring>
 #include <new>
-#include <numeric>
+#include <span>
 #include <utility>
 
 namespace ssm {
+
+namespace detail {
+// What tensors of all types and ranks share, in tensor_impl.hpp. Axes are missing on the left.
+struct strided_axes {
+  shape<4> extents{1, 1, 1, 1}, strides{};
+};
+void copy_elements(void* to, const strided_axes& to_axes, const void* from,
+                   const strided_axes& from_axes, std::size_t element_bytes);
+void fill_elements(void* to, const strided_axes& axes, const void* value,
+                   std::size_t element_bytes);
+/// Strides of `extents` over the memory of (old_extents, old_strides), or false.
+[[nodiscard]] bool reshaped_strides(std::span<const index_t> old_extents,
+                                    std::span<const index_t> old_strides,
+                                    std::span<const index_t> extents, std::span<index_t> strides);
+void check_extents(std::span<const index_t> extents);
+void check_copy(std::span<const index_t> from, std::span<const index_t> to);
+void check_slice(int axis, index_t begin, index_t end, std::span<const index_t> extents);
+[[noreturn]] void throw_reshape(std::span<const index_t> from, std::span<const index_t> to,
+                                bool same_count);
+}  // namespace detail
 
 /// A counted block of memory from the backend's pool. Its address is its identity: the tape keys
 /// gradients by it, and assignment detects aliasing by it.
@@ -86,12 +107,7 @@ class tensor {
   /// Uninitialised elements. @throws shape_error  a negative extent.
   explicit tensor(const shape<Rank>& extents)
       : extents_(extents), strides_(dense_strides(extents)) {
-    for (const index_t e : extents) {
-      if (e < 0) {
-        throw shape_error("ssm: tensor" + to_string<Rank>(extents) +
-                          ": an extent is negative; extents are counts");
-      }
-    }
+    detail::check_extents(extents);
     buffer_ = buffer<B>(static_cast<std::size_t>(element_count(extents)) * sizeof(T));
     data_ = static_cast<T*>(buffer_.data());
   }
@@ -152,34 +168,21 @@ class tensor {
 
   /// Copies elements. @throws shape_error  the shapes differ.
   void copy_from(const tensor& other) const {
-    if (other.extents_ != extents_) {
-      throw shape_error("ssm: copy_from: the source is " + to_string<Rank>(other.extents_) +
-                        ", the destination is " + to_string<Rank>(extents_) +
-                        "; reshape or slice one of them");
-    }
+    detail::check_copy(other.extents_, extents_);
     if (size() == 0) return;
     if (is_contiguous() && other.is_contiguous()) {
       std::memmove(data_, other.data_, static_cast<std::size_t>(size()) * sizeof(T));
-      return;
+    } else {
+      detail::copy_elements(data_, axes(), other.data_, other.axes(), sizeof(T));
     }
-    zip(*this, other, [](T& a, const T& b) { a = b; });
   }
   void fill(T value) const {
-    if (size() == 0) return;
-    if (is_contiguous()) {
-      std::fill_n(data_, size(), value);
-    } else {
-      zip(*this, *this, [value](T& a, const T&) { a = value; });
-    }
+    if (size() > 0) detail::fill_elements(data_, axes(), &value, sizeof(T));
   }
 
   /// The part [begin, end) of axis d, sharing the elements. @throws shape_error  out of range.
   [[nodiscard]] tensor slice(int d, index_t begin, index_t end) const {
-    if (d < 0 || d >= Rank || begin < 0 || end < begin || end > extent(d)) {
-      throw shape_error("ssm: slice(axis " + std::to_string(d) + ", " + std::to_string(begin) +
-                        ", " + std::to_string(end) + ") of " + to_string<Rank>(extents_) +
-                        " is out of range; wanted 0 <= begin <= end <= extent");
-    }
+    detail::check_slice(d, begin, end, extents_);
     tensor out = *this;
     out.extents_[static_cast<std::size_t>(d)] = end - begin;
     if (data_) out.data_ = data_ + begin * strides_[static_cast<std::size_t>(d)];
@@ -207,34 +210,32 @@ class tensor {
     return out;
   }
 
-  /// f(mine, theirs) for every pair of elements. @pre equal shapes
+  /// f(mine, theirs) for every pair of elements, in dense order. @pre equal shapes
   template <class F>
   void zip_with(const tensor& other, F f) const {
-    zip(*this, other, f);
+    const detail::strided_axes mine = axes(), theirs = other.axes();
+    const shape<4>&n = mine.extents, &sa = mine.strides, &sb = theirs.strides;
+    for (index_t i = 0; i < n[0]; ++i) {
+      for (index_t j = 0; j < n[1]; ++j) {
+        for (index_t k = 0; k < n[2]; ++k) {
+          T* a = data_ + i * sa[0] + j * sa[1] + k * sa[2];
+          const T* b = other.data_ + i * sb[0] + j * sb[1] + k * sb[2];
+          for (index_t l = 0; l < n[3]; ++l)
+            f(a[l * sa[3]], b[l * sb[3]]);
+        }
+      }
+    }
   }
 
  private:
   template <Element, int, Backend>
   friend class tensor;
 
-  template <class F>
-  static void zip(const tensor& a, const tensor& b, F f) {
-    shape<4> n{1, 1, 1, 1}, sa{}, sb{};
-    for (std::size_t d = 0; d < Rank; ++d) {
-      n[4 - Rank + d] = a.extents_[d];
-      sa[4 - Rank + d] = a.strides_[d];
-      sb[4 - Rank + d] = b.strides_[d];
-    }
-    for (index_t i = 0; i < n[0]; ++i) {
-      for (index_t j = 0; j < n[1]; ++j) {
-        for (index_t k = 0; k < n[2]; ++k) {
-          T* pa = a.data_ + i * sa[0] + j * sa[1] + k * sa[2];
-          const T* pb = b.data_ + i * sb[0] + j * sb[1] + k * sb[2];
-          for (index_t l = 0; l < n[3]; ++l)
-            f(pa[l * sa[3]], pb[l * sb[3]]);
-        }
-      }
-    }
+  [[nodiscard]] detail::strided_axes axes() const {
+    detail::strided_axes all;
+    std::copy_n(extents_.begin(), Rank, all.extents.end() - Rank);
+    std::copy_n(strides_.begin(), Rank, all.strides.end() - Rank);
+    return all;
   }
 
   buffer<B> buffer_;
@@ -242,53 +243,6 @@ class tensor {
   shape<Rank> extents_{};
   shape<Rank> strides_{};
 };
-
-namespace detail {
-/// Strides of `extents` over the memory of (old_extents, old_strides), or false.
-template <std::size_t R1, std::size_t R2>
-bool reshaped_strides(const std::array<index_t, R1>& old_extents,
-                      const std::array<index_t, R1>& old_strides,
-                      const std::array<index_t, R2>& extents, std::array<index_t, R2>& strides) {
-  std::size_t i = R1, j = R2;
-  while (j > 0) {
-    index_t want = extents[j - 1], have = 1, step = 0;
-    // Take old axes until they hold at least one new axis; they must be mergeable.
-    std::size_t group_end = j;
-    if (i == 0) {
-      strides[--j] = 1;
-      if (extents[j] != 1) return false;
-      continue;
-    }
-    step = old_strides[i - 1];
-    have = old_extents[i - 1];
-    --i;
-    while (have != want) {
-      if (have < want) {
-        if (i == 0) return false;
-        if (old_extents[i - 1] != 1 && have != 1 && old_strides[i - 1] != step * have) {
-          return false;
-        }
-        if (have == 1) step = old_strides[i - 1];
-        have *= old_extents[--i];
-      } else {
-        if (j <= 1) return false;
-        --j;
-        want *= extents[j - 1];
-      }
-    }
-    index_t s = step;
-    for (std::size_t d = group_end; d-- > j - 1;) {
-      strides[d] = s;
-      s *= extents[d];
-    }
-    --j;
-  }
-  while (i > 0) {
-    if (old_extents[--i] != 1) return false;
-  }
-  return true;
-}
-}  // namespace detail
 
 template <Element T, int Rank, Backend B>
 template <int R2>
@@ -303,10 +257,7 @@ tensor<T, R2, B> tensor<T, Rank, B>::reshape(const shape<R2>& extents) const {
     return out;
   }
   if (!same_count || !detail::reshaped_strides(extents_, strides_, extents, out.strides_)) {
-    throw shape_error("ssm: reshape of " + to_string<Rank>(extents_) + " to " +
-                      to_string<R2>(extents) +
-                      (same_count ? ": the strides do not allow it; call contiguous() first"
-                                  : ": the numbers of elements differ"));
+    detail::throw_reshape(extents_, extents, same_count);
   }
   return out;
 }
@@ -343,3 +294,7 @@ template <Element To, Element From, int R>
 }
 
 }  // namespace ssm
+
+#ifndef SSMLIB_COMPILED
+#include <ssmlib/tensor/tensor_impl.hpp>
+#endif

@@ -3,6 +3,10 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/train/cross_entropy.hpp>
 
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
 namespace ssm {
 
 /// What the sum over tokens of a divergence is divided by: the masked-in tokens, or the batch.

@@ -3,8 +3,10 @@
 #include <ssmlib/nn/checks.hpp>
 #include <ssmlib/nn/pass.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <string>
 
 namespace ssm {
 

@@ -2,7 +2,10 @@
 
 #include <ssmlib/tensor/random.hpp>
 
+#include <algorithm>
 #include <bit>
+#include <cstdint>
+#include <string>
 
 namespace ssm {
 

@@ -4,7 +4,12 @@
 #include <ssmlib/train/gradient.hpp>
 #include <ssmlib/train/schedule.hpp>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <concepts>
+#include <functional>
+#include <string>
 
 namespace ssm {
 

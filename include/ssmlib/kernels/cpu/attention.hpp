@@ -3,6 +3,10 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/attention_tile.hpp>
 
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
 /// @file
 /// Softmax attention, forward: tiles with an online softmax.
 /// @source Dao et al. 2022, arXiv:2205.14135; the merge of partial sums as in Milakov and

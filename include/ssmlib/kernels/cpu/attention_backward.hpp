@@ -3,6 +3,10 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/attention.hpp>
 
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
 /// @file
 /// Softmax attention, backward. A task takes a tile of query rows and keeps its logits and their
 /// gradients for all their keys, two strips of O(length) memory: nothing is saved by the forward

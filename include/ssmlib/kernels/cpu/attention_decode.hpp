@@ -3,6 +3,9 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/attention.hpp>
 
+#include <algorithm>
+#include <limits>
+
 /// @file
 /// Softmax attention over cached keys and values. New tokens are stored first, in the tiles that
 /// attention_forward works on, and then take part like all others: every token has the bits that

@@ -4,7 +4,9 @@
 #include <ssmlib/kernels/cpu/attention.hpp>
 #include <ssmlib/kernels/cpu/gemm.hpp>
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 /// @file
 /// Softmax attention with the whole (length x length) matrix of a sequence and head in memory.

@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdint>
 #include <limits>
 #include <numbers>
 #include <numeric>
+#include <type_traits>
 
 /// @file
 /// Tiles of softmax attention: query rows against keys that lie transposed, tile by tile.

@@ -3,6 +3,8 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/gated_linear.hpp>
 
+#include <algorithm>
+
 /// @file
 /// The gated delta rule, forward, by the UT transform. A chunk of n tokens with the state S before
 /// it, decay[t, s] = exp(g_{s+1} + .. + g_t) and pre_t = exp(g_0 + .. + g_t):

@@ -3,6 +3,8 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/delta_rule.hpp>
 
+#include <algorithm>
+
 /// @file
 /// The gradient of the gated delta rule, by chunks from the last to the first. With the names of
 /// delta_rule.hpp, error = V - diag(pre) K S, and E the gradient of the state after the chunk:

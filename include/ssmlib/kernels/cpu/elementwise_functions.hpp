@@ -3,10 +3,6 @@
 #include <ssmlib/expr/elementwise.hpp>
 #include <ssmlib/kernels/cpu/simd.hpp>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 /// @file
 /// Values and slopes of the elementwise functions on packs. apply(tag, x) is the value; slope(tag,
 /// x, y) is dy/dx with y the value. Slopes are finite wherever the true one is, also at infinity.
@@ -15,31 +11,6 @@ namespace ssm::kernels::elementwise_functions {
 
 namespace tag = ssm::elementwise;
 using simd::pack;
-
-template <Real T>
-SSMLIB_ALWAYS_INLINE pack<T> root(pack<T> x) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) {
-    return (typename pack<T>::vec)_mm512_sqrt_ps((__m512)x.v);
-  } else {
-    return (typename pack<T>::vec)_mm512_sqrt_pd((__m512d)x.v);
-  }
-#elif defined(__AVX__)
-  if constexpr (std::is_same_v<T, float>) {
-    return (typename pack<T>::vec)_mm256_sqrt_ps((__m256)x.v);
-  } else {
-    return (typename pack<T>::vec)_mm256_sqrt_pd((__m256d)x.v);
-  }
-#elif defined(__SSE2__)
-  if constexpr (std::is_same_v<T, float>) {
-    return (typename pack<T>::vec)_mm_sqrt_ps((__m128)x.v);
-  } else {
-    return (typename pack<T>::vec)_mm_sqrt_pd((__m128d)x.v);
-  }
-#else
-  return simd::detail::by_lane(x, [](T t) { return std::sqrt(t); });
-#endif
-}
 
 /// Keeps infinity out of products with zero; beyond the bound the functions have saturated.
 template <Real T>
@@ -59,8 +30,8 @@ SSMLIB_ALWAYS_INLINE pack<T> number(double x) {
 template <Real T> SSMLIB_ALWAYS_INLINE pack<T> apply(tag::negate, pack<T> x) { return -x; }
 template <Real T> SSMLIB_ALWAYS_INLINE pack<T> apply(tag::exponential, pack<T> x) { return simd::exp(x); }
 template <Real T> SSMLIB_ALWAYS_INLINE pack<T> apply(tag::logarithm, pack<T> x) { return simd::log(x); }
-template <Real T> SSMLIB_ALWAYS_INLINE pack<T> apply(tag::square_root, pack<T> x) { return root(x); }
-template <Real T> SSMLIB_ALWAYS_INLINE pack<T> apply(tag::reciprocal_square_root, pack<T> x) { return number<T>(1) / root(x); }
+template <Real T> SSMLIB_ALWAYS_INLINE pack<T> apply(tag::square_root, pack<T> x) { return simd::sqrt(x); }
+template <Real T> SSMLIB_ALWAYS_INLINE pack<T> apply(tag::reciprocal_square_root, pack<T> x) { return number<T>(1) / simd::sqrt(x); }
 template <Real T> SSMLIB_ALWAYS_INLINE pack<T> apply(tag::square, pack<T> x) { return x * x; }
 template <Real T> SSMLIB_ALWAYS_INLINE pack<T> apply(tag::absolute, pack<T> x) { return simd::abs(x); }
 template <Real T> SSMLIB_ALWAYS_INLINE pack<T> apply(tag::sigmoid, pack<T> x) { return simd::sigmoid(x); }

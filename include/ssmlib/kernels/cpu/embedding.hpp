@@ -3,6 +3,7 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/rows.hpp>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 

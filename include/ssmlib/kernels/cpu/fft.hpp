@@ -8,6 +8,7 @@
 #include <array>
 #include <cmath>
 #include <numbers>
+#include <type_traits>
 
 /// @file
 /// Complex Fourier transforms of many columns at once: a lane of a pack is a column, so that every

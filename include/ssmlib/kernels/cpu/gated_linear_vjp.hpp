@@ -3,6 +3,8 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/gated_linear.hpp>
 
+#include <algorithm>
+
 /// @file
 /// The gradient of gated linear attention, by chunks from the last to the first. With S and E the
 /// state before a chunk and the gradient of the state after it:

@@ -143,10 +143,12 @@ SSMLIB_ALWAYS_INLINE simd::pack<T> shuffle(simd::pack<T> a, simd::pack<T> b) {
 template <Real T>
 SSMLIB_ALWAYS_INLINE simd::pack<T> gather_lanes(const T* p, index_t step) {
   using P = simd::pack<T>;
-#if defined(__AVX__) && !defined(__AVX512F__)
-  const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(reinterpret_cast<const float*>(p)));
-  const __m128 high = _mm_loadu_ps(reinterpret_cast<const float*>(p + step));
-  return (typename P::vec)_mm256_insertf128_ps(low, high, 1);
+#if defined(__AVX__) && !defined(__AVX512F__)  // through memory, the store would be too narrow
+  typedef double piece __attribute__((vector_size(16)));
+  piece low, high;
+  std::memcpy(&low, p, 16);
+  std::memcpy(&high, p + step, 16);
+  return (typename P::vec)__builtin_shufflevector(low, high, 0, 1, 2, 3);
 #else
   constexpr int of = 16 / static_cast<int>(sizeof(T));
   alignas(simd::native_bytes) T lanes[P::width];

@@ -3,6 +3,9 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/ssd_parts.hpp>
 
+#include <algorithm>
+#include <cmath>
+
 namespace ssm::kernels {
 
 /// A ring of states for rollback: before the token at position p of sequence i is taken, the state

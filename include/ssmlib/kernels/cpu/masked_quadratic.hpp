@@ -5,6 +5,8 @@
 #include <ssmlib/kernels/cpu/gemm.hpp>
 #include <ssmlib/kernels/cpu/reduce.hpp>
 
+#include <algorithm>
+
 /// @file
 /// (L o alpha Q K^T) X in square blocks, for any mask L that can multiply a block of entries:
 /// O(T^2) time, no T x T storage. A mask is a value with

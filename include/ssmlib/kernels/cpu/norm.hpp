@@ -3,6 +3,7 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/activation.hpp>
 
+#include <algorithm>
 #include <cmath>
 
 /// @file

@@ -3,45 +3,11 @@
 #include <ssmlib/base/types.hpp>
 #include <ssmlib/kernels/cpu/pack.hpp>
 
-#include <cmath>
 #include <cstring>
-
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
 
 /// @file
 /// What an optimiser does to every value of a model: element by element, so that results depend
 /// neither on how the values are cut into tasks nor on alignment.
-
-namespace ssm::simd {
-
-/// The square root, correctly rounded.
-template <Real T>
-[[nodiscard]] SSMLIB_ALWAYS_INLINE pack<T> sqrt(pack<T> x) {
-  using vec = typename pack<T>::vec;
-#if defined(__AVX512F__)
-  // The masked form: g++ 12 warns about the undefined register inside the plain one.
-  if constexpr (std::is_same_v<T, float>) {
-    return (vec)_mm512_maskz_sqrt_ps(static_cast<__mmask16>(-1), (__m512)x.v);
-  } else {
-    return (vec)_mm512_maskz_sqrt_pd(static_cast<__mmask8>(-1), (__m512d)x.v);
-  }
-#elif defined(__AVX__)
-  if constexpr (std::is_same_v<T, float>) {
-    return (vec)_mm256_sqrt_ps((__m256)x.v);
-  } else {
-    return (vec)_mm256_sqrt_pd((__m256d)x.v);
-  }
-#else
-  vec y;
-  for (int i = 0; i < pack<T>::width; ++i)
-    y[i] = std::sqrt(x.v[i]);
-  return y;
-#endif
-}
-
-}  // namespace ssm::simd
 
 namespace ssm::kernels {
 

@@ -1,21 +1,18 @@
 #pragma once
 
+#include <ssmlib/base/config.hpp>
+#include <ssmlib/base/types.hpp>
+
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include <ssmlib/base/config.hpp>
-#include <ssmlib/base/types.hpp>
-
 /// @file
 /// `pack<T>`: one native vector register. Written with the vector extensions of g++ and clang, so
-/// the same source serves every instruction set; only fused multiply-add names x86 intrinsics,
-/// because `-std=c++20` turns off the contraction of `a * b + c`.
+/// the same source serves every instruction set. The few instructions that these do not reach are
+/// named one by one: <immintrin.h> would be a tenth of what including the library costs.
 
 /// For lambdas inside kernels: `[&](auto i) SSMLIB_LAMBDA_INLINE { ... }`.
 #define SSMLIB_LAMBDA_INLINE __attribute__((always_inline))
@@ -130,17 +127,25 @@ SSMLIB_ALWAYS_INLINE void keep_in_register([[maybe_unused]] pack<T>& x) {
 /// a * b + c, rounded once where the hardware can; without such hardware, twice.
 template <Real T>
 [[nodiscard]] SSMLIB_ALWAYS_INLINE pack<T> fma(pack<T> a, pack<T> b, pack<T> c) {
-#if defined(__AVX512F__)
+#if defined(__clang__)
+#pragma clang fp contract(on)
+  return a.v * b.v + c.v;
+#elif defined(__AVX512F__)  // g++ does not contract under -std=c++20
+  typedef float floats __attribute__((vector_size(64)));
+  typedef double doubles __attribute__((vector_size(64)));
+  constexpr int all_lanes = -1, current_rounding = 4;
   if constexpr (std::is_same_v<T, float>) {
-    return (typename pack<T>::vec)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v);
+    return (typename pack<T>::vec)__builtin_ia32_vfmaddps512_mask(
+        (floats)a.v, (floats)b.v, (floats)c.v, all_lanes, current_rounding);
   } else {
-    return (typename pack<T>::vec)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v);
+    return (typename pack<T>::vec)__builtin_ia32_vfmaddpd512_mask(
+        (doubles)a.v, (doubles)b.v, (doubles)c.v, all_lanes, current_rounding);
   }
 #elif defined(__FMA__)
   if constexpr (std::is_same_v<T, float>) {
-    return (typename pack<T>::vec)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v);
+    return __builtin_ia32_vfmaddps256(a.v, b.v, c.v);
   } else {
-    return (typename pack<T>::vec)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v);
+    return __builtin_ia32_vfmaddpd256(a.v, b.v, c.v);
   }
 #elif defined(__aarch64__)
   typename pack<T>::vec r;
@@ -230,22 +235,41 @@ template <Real T>
   return best;
 }
 
+/// The square root of each lane, correctly rounded.
+template <Real T>
+[[nodiscard]] SSMLIB_ALWAYS_INLINE pack<T> sqrt(pack<T> x) {
+  typename pack<T>::vec y;
+#if defined(__AVX__)
+  if constexpr (std::is_same_v<T, float>) {
+    __asm__("vsqrtps %1, %0" : "=v"(y) : "v"(x.v));
+  } else {
+    __asm__("vsqrtpd %1, %0" : "=v"(y) : "v"(x.v));
+  }
+#elif defined(__SSE2__)
+  if constexpr (std::is_same_v<T, float>) {
+    __asm__("sqrtps %1, %0" : "=x"(y) : "x"(x.v));
+  } else {
+    __asm__("sqrtpd %1, %0" : "=x"(y) : "x"(x.v));
+  }
+#else
+  for (int i = 0; i < pack<T>::width; ++i)
+    y[i] = std::sqrt(x.v[i]);
+#endif
+  return y;
+}
+
 /// `width` bf16 numbers, widened exactly.
 [[nodiscard]] SSMLIB_ALWAYS_INLINE pack<float> load_widened(const bf16* p) {
-#if defined(__AVX512F__)  // the masked form: g++ 12 warns about its own header in the plain one
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  const __m512i wide = _mm512_maskz_cvtepu16_epi32(static_cast<__mmask16>(-1), half);
-  return (pack<float>::vec)((pack<float>::uvec)wide << 16);
-#elif defined(__AVX2__)  // g++ 12 makes five instructions of the conversion below
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (pack<float>::vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
-#else
   typedef std::uint16_t half_vec __attribute__((vector_size(native_bytes / 2)));
   half_vec h;
   std::memcpy(&h, p, sizeof(h));
-  const auto wide = __builtin_convertvector(h, pack<float>::uvec) << 16;
-  return (pack<float>::vec)wide;
+  pack<float>::uvec wide;
+#if defined(__AVX2__)  // g++ 12 makes five instructions of the conversion below
+  __asm__("vpmovzxwd %1, %0" : "=v"(wide) : "v"(h));
+#else
+  wide = __builtin_convertvector(h, pack<float>::uvec);
 #endif
+  return (pack<float>::vec)(wide << 16);
 }
 template <Real T>
 [[nodiscard]] SSMLIB_ALWAYS_INLINE pack<T> load_widened(const T* p) {

@@ -3,6 +3,9 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/selective.hpp>
 
+#include <algorithm>
+#include <type_traits>
+
 /// @file
 /// The gradient of the selective scan. States at the starts of blocks of time are kept from a
 /// forward pass, those inside a block are recomputed. With g_t the gradient of h_t,

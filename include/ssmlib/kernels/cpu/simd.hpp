@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 /// @file
 /// Elementary functions of packs. "ulp" is the spacing of T at the exact result; the bounds hold

@@ -7,6 +7,7 @@
 #include <ssmlib/tensor/view.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <optional>
 #include <string>
 #include <type_traits>

@@ -4,6 +4,8 @@
 #include <ssmlib/kernels/cpu/fft.hpp>
 #include <ssmlib/kernels/cpu/rows.hpp>
 
+#include <algorithm>
+
 /// @file
 /// Products with causal Toeplitz matrices L[t, s] = kernel[t - s] through Fourier transforms:
 /// L X column by column, and L o (Q K^T) V as the sum over n of q_n o L (k_n o v_p). Two columns

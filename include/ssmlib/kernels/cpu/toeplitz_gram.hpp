@@ -3,6 +3,8 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/toeplitz.hpp>
 
+#include <algorithm>
+
 /// @file
 /// L o (Q K^T) V with a Toeplitz L through Fourier transforms, channel by channel: key features n
 /// and n + 1 are the real and imaginary part, lanes are value features. Memory: O(T) a task.

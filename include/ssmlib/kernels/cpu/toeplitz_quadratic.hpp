@@ -4,6 +4,8 @@
 #include <ssmlib/kernels/cpu/masked_quadratic.hpp>
 #include <ssmlib/kernels/cpu/toeplitz.hpp>
 
+#include <algorithm>
+
 /// @file
 /// L X with a causal Toeplitz L by matrix products. The matrix is never stored: entry (t, s) lies
 /// at kernel + t - s, so that a block of L is a view of the kernel with strides 1 and -1.

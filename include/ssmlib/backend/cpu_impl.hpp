@@ -2,9 +2,13 @@
 
 #include <ssmlib/backend/cpu.hpp>
 #include <ssmlib/base/compiled.hpp>
+#include <ssmlib/base/error.hpp>
 
 #include <unsupported/Eigen/CXX11/ThreadPool>
 
+#include <algorithm>
+#include <cstdlib>
+#include <string>
 #include <thread>
 
 namespace ssm::detail {
@@ -66,3 +70,29 @@ SSMLIB_INLINE void worker_pool::run(task_function f, void* argument, index_t cou
 }
 
 }  // namespace ssm::detail
+
+namespace ssm {
+
+SSMLIB_INLINE cpu::context::context(int threads) : threads_(threads) {
+  if (threads < 1) {
+    throw value_error("ssm: cpu::context(" + std::to_string(threads) +
+                      " threads): wanted at least 1");
+  }
+  if (threads > 1) pool_ = std::make_unique<detail::worker_pool>(threads - 1);
+}
+
+SSMLIB_INLINE int cpu::context::default_threads() {
+  if (const char* text = std::getenv("SSMLIB_THREADS")) {
+    const int n = std::atoi(text);
+    if (n >= 1) return n;
+  }
+  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+}
+
+template <>
+SSMLIB_INLINE cpu::context& default_context<cpu>() {
+  static cpu::context ctx;
+  return ctx;
+}
+
+}  // namespace ssm
