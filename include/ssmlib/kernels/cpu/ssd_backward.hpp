@@ -2,6 +2,8 @@
 
 #include <ssmlib/kernels/cpu/ssd.hpp>
 
+#include <algorithm>
+
 namespace ssm::kernels {
 
 namespace detail {
@@ -129,8 +131,8 @@ template <Real T>
 void ssd_backward_run<T>::chunk_scores_vjp(ssd_backward_work<T>& w, const T* scores, T d, T alpha,
                                            const ssd_chunk_sums<T>& out, T& d_skip) const {
   using pack = simd::pack<T>;
-  const ssd_decays<T>& decays = w.decays;
-  const index_t n = decays.size(), step = forward.score_step();
+  const ssd_decay_pairs<T> decays = w.decays.pairs();
+  const index_t n = w.decays.size(), step = forward.score_step();
   T* columns = w.row(0);
   std::fill_n(columns, round_up(n, pack::width), T(0));
   for (index_t i = n - 1; i >= 0; --i) {
@@ -142,7 +144,7 @@ void ssd_backward_run<T>::chunk_scores_vjp(ssd_backward_work<T>& w, const T* sco
       const auto outside = decay == pack(T(0));  // what is stored there may be anything
       const pack score = simd::select(outside, pack(T(0)), pack::load(scores + i * step + j));
       const pack dm = simd::select(outside, pack(T(0)), pack::load(product + j));
-      const pack weight = pack::load(decays.weight() + j), weighted = decay * weight;
+      const pack weight = pack::load(w.decays.weight() + j), weighted = decay * weight;
       const pack m = weighted * score, ds = weighted * dm;
       m.store(mixed + j);
       (out.first ? ds : ds + pack::load(d_scores + j)).store(d_scores + j);

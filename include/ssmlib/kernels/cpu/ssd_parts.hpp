@@ -146,6 +146,48 @@ struct ssd_wave {
   return {first, last, total <= budget ? whole : std::min(whole, share), longest};
 }
 
+/// Reads ssd_decays: values only, which loops that store keep in registers.
+template <Real T>
+struct ssd_decay_pairs {
+  using pack = simd::pack<T>;
+
+  const T *high, *low;
+  const index_t* firsts;
+  bool decaying;
+  typename pack::ivec lanes = [] {
+    typename pack::ivec numbers{};
+    for (int i = 0; i < pack::width; ++i)
+      numbers[i] = i;
+    return numbers;
+  }();
+
+  /// The first token that reaches token i.
+  [[nodiscard]] index_t first(index_t i) const { return firsts[i]; }
+  /// exp(Lambda_i - Lambda_j) for the lanes j, j + 1, ..., all of them in [first(i), i].
+  [[nodiscard]] SSMLIB_ALWAYS_INLINE pack before(index_t i, index_t j) const {
+    if (!decaying) return pack(T(1));
+    pack sum = pack(high[i]) - pack::load(high + j);
+    if constexpr (!std::is_same_v<T, double>) sum += pack(low[i]) - pack::load(low + j);
+    return simd::exp(sum);
+  }
+  /// exp(Lambda_i - Lambda_j) for the lanes i, i + 1, ..., which token j reaches.
+  [[nodiscard]] SSMLIB_ALWAYS_INLINE pack after(index_t i, index_t j) const {
+    if (!decaying) return pack(T(1));
+    pack sum = pack::load(high + i) - pack(high[j]);
+    if constexpr (!std::is_same_v<T, double>) sum += pack::load(low + i) - pack(low[j]);
+    return simd::exp(sum);
+  }
+  /// `before`, zero unless first(i) <= j <= i.
+  [[nodiscard]] SSMLIB_ALWAYS_INLINE pack between(index_t i, index_t j) const {
+    using integer = typename pack::traits::integer;
+    const typename pack::ivec lane = lanes + static_cast<integer>(j);
+    const typename pack::ivec inside =
+        (typename pack::ivec)(lane >= static_cast<integer>(firsts[i])) &
+        (typename pack::ivec)(lane <= static_cast<integer>(i));
+    return simd::select(inside, before(i, j), pack(T(0)));
+  }
+};
+
 /// The decays inside one chunk of one head. Lambda_i is the sum of the log decays from the chunk's
 /// first token to token i, in two parts whose sum has about twice the precision of T, so that
 /// differences of large sums keep theirs. A decay that T rounds to zero starts Lambda anew at zero:
@@ -156,7 +198,7 @@ class ssd_decays {
   using pack = simd::pack<T>;
 
   explicit ssd_decays(index_t chunk)
-      : stride_(round_up(chunk, pack::width)), space_(6 * stride_), first_(chunk) {}
+      : stride_(round_up(chunk, pack::width)), space_(7 * stride_), first_(chunk) {}
 
   void set(const ssd_problem<T>& p, index_t begin, index_t n, index_t head);
 
@@ -168,20 +210,14 @@ class ssd_decays {
   [[nodiscard]] const T* weight() const { return space_.data() + 4 * stride_; }
   /// weight_j * to_end_j
   [[nodiscard]] const T* weighted_to_end() const { return space_.data() + 5 * stride_; }
+  /// weight_j exp(Lambda_m - Lambda_j) with the last token m of the pack that j is in.
+  [[nodiscard]] const T* weighted_to_pack_end() const { return space_.data() + 6 * stride_; }
   /// From before the chunk to its end.
   [[nodiscard]] T total() const { return total_; }
 
-  /// exp(Lambda_i - Lambda_j) for the lanes j, j + 1, ..., zero unless j <= i.
-  [[nodiscard]] SSMLIB_ALWAYS_INLINE pack between(index_t i, index_t j) const {
-    using integer = typename pack::traits::integer;
-    const typename pack::ivec lane = lane_ + static_cast<integer>(j);
-    const typename pack::ivec inside =
-        (typename pack::ivec)(lane >= static_cast<integer>(first_[i])) &
-        (typename pack::ivec)(lane <= static_cast<integer>(i));
-    if (!decaying_) return simd::select(inside, pack(T(1)), pack(T(0)));
-    pack sum = pack(high()[i]) - pack::load(high() + j);
-    if constexpr (!std::is_same_v<T, double>) sum += pack(low()[i]) - pack::load(low() + j);
-    return simd::select(inside, simd::exp(sum), pack(T(0)));
+  /// The decays between tokens, as long as they are not set again.
+  [[nodiscard]] ssd_decay_pairs<T> pairs() const {
+    return {high(), low(), first_.data(), decaying_};
   }
 
  private:
@@ -194,12 +230,6 @@ class ssd_decays {
   index_t stride_, n_ = 0;
   scratch<T> space_;
   scratch<index_t> first_;
-  typename pack::ivec lane_ = [] {
-    typename pack::ivec lanes{};
-    for (int i = 0; i < pack::width; ++i)
-      lanes[i] = i;
-    return lanes;
-  }();
   bool decaying_ = false;
   T total_ = T(1);
 };
@@ -209,7 +239,7 @@ void ssd_decays<T>::set(const ssd_problem<T>& p, index_t begin, index_t n, index
   n_ = n;
   decaying_ = p.log_a || p.gamma;
   T *start = space_.data() + 2 * stride_, *end = start + stride_, *w = end + stride_,
-    *weighted = w + stride_;
+    *weighted = w + stride_, *near = weighted + stride_;
   const index_t padded = round_up(n, pack::width);
   const view<const T, 2>& a = p.log_a;
   const T* log_a =
@@ -243,8 +273,10 @@ void ssd_decays<T>::set(const ssd_problem<T>& p, index_t begin, index_t n, index
   for (index_t i = n; i < padded; ++i)
     w[i] = T(0);
   for (index_t j = 0; j < padded; j += pack::width) {
-    between(n - 1, j).store(end + j);
+    pairs().between(n - 1, j).store(end + j);
     (pack::load(end + j) * pack::load(w + j)).store(weighted + j);
+    const index_t last = std::min(n, j + pack::width) - 1;
+    (pairs().between(last, j) * pack::load(w + j)).store(near + j);
     simd::exp(pack::load(high() + j)).store(start + j);
   }
   std::fill(start + reset, start + padded, T(0));
