@@ -49,6 +49,7 @@ set(ssmlib_families
     block_mamba2=ssmlib/model/make_block.hpp
     block_mlp=ssmlib/model/make_block.hpp
     language_model=ssmlib/model/language_model.hpp
+    model_state=ssmlib/model/model_state_impl.hpp
     semiseparable=ssmlib/lower/semiseparable.hpp
     softmax=ssmlib/lower/softmax.hpp
     training=ssmlib/train/adamw.hpp

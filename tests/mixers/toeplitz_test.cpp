@@ -155,11 +155,26 @@ TEST_CASE("mixers/toeplitz: alg::automatic takes blocks for short sequences, tra
 
 TEST_CASE("mixers/toeplitz: a kernel shorter than the sequence is refused",
           "[mixers][toeplitz][error]") {
-  const auto e = toeplitz(tensor<float, 2>::zeros(2, 9)) * tensor<float, 4>::zeros(1, 10, 2, 3);
-  CHECK_THROWS_WITH(eval(e), contains("the kernel is (2 x 9), (head x distance), the longest "
-                                      "sequence has 10 tokens"));
-  CHECK_THROWS_AS(eval(e.with(alg::quadratic{})), shape_error);
-  CHECK_THROWS_AS(e.mixer.dense(), shape_error);
+  const auto mask = toeplitz(tensor<float, 2>::zeros(2, 9));
+  const auto x = tensor<float, 4>::zeros(1, 10, 2, 3);
+  CHECK_THROWS_WITH(mask * x, contains("the kernel is (2 x 9), (head x distance), the longest "
+                                       "sequence has 10 tokens"));
+  CHECK_THROWS_AS(hadamard(mask, x * transpose(x)), shape_error);
+  CHECK_THROWS_AS(packed(sequence_layout::from_lengths({10}), mask), shape_error);
+}
+
+TEST_CASE(
+    "mixers/toeplitz: a kernel shorter than a packed batch but not than its sequences is taken",
+    "[mixers][toeplitz]") {
+  const auto layout = sequence_layout::from_lengths({9, 1});
+  const auto mask = toeplitz(tensor<float, 2>::full({2, 9}, 1.0f));
+  const auto x = normal<float, 4>({1, 10, 2, 3}, 1, 1);
+  const auto e = hadamard(mask, packed(layout, x * transpose(x))) * x;
+  CHECK(relative_error(eval(e), eval(e.with(alg::quadratic{}))) < 1e-5);
+  CHECK_THROWS_AS(packed(sequence_layout::from_lengths({10}), e.mixer), shape_error);
+  CHECK_THROWS_AS(e.packed(sequence_layout::from_lengths({10})), shape_error);
+  CHECK_THROWS_AS(packed(sequence_layout::from_lengths({10}), normalize_rows(e.mixer)),
+                  shape_error);
 }
 
 TEST_CASE("mixers/toeplitz: a long product is right and its memory linear",

@@ -232,3 +232,84 @@ TEST_CASE("model/language_model: a bad pattern, id or layout is one sentence",
   auto state = m.initial_state(2);
   CHECK_THROWS_AS((void)m.advance({}, state, random_ids(3, 1, 1)), shape_error);
 }
+
+TEST_CASE("model/language_model: a state of another model is refused, and stays as it was",
+          "[model][language_model][error]") {
+  struct pair {
+    std::string state, model, says;
+  };
+  const auto [from, to, says] = GENERATE(
+      values<pair>({{"M-", "M-M-", "layer 2 of the state is no layer, of the model Mamba-2 ('M')"},
+                    {"M-M-", "M-", "layer 2 of the state is Mamba-2 ('M'), of the model no layer"},
+                    {"M-", "*-", "is Mamba-2 ('M'), of the model softmax attention ('*')"},
+                    {"L", "R", "linear attention ('L'), of the model retention ('R')"}}));
+  const language_model<float> own(small_config(from), 1), other(small_config(to), 1);
+  auto state = own.initial_state(2);
+  const auto before = state;
+  const auto ids = random_ids(2, 3, 5);
+  CHECK_THROWS_WITH(
+      other.advance({}, state, ids),
+      ssm_test::contains("of a model \"" + from + "\", this model is \"" + to + "\"") &&
+          ssm_test::contains(says));
+  CHECK_THROWS_AS(other.advance({}, state, ids), value_error);
+  CHECK(state == before);
+}
+
+TEST_CASE("model/language_model: a state of other sizes is refused before any layer advances",
+          "[model][language_model][error]") {
+  const std::string kind = GENERATE(as<std::string>{}, "*", "M", "m", "D", "R", "L", "G", "P", "p");
+  CAPTURE(kind);
+  // The first layers agree.
+  auto config = small_config("-M" + kind);
+  const language_model<float> model(config, 1);
+  if (kind != "M") {
+    config.attention.kv_heads = 1;
+    config.discrete_mamba2.state = 6;
+    config.mamba1.state = 4;
+    config.retention.value_dim = 6;
+    config.linear_attention.kv_heads = 1;
+    config.gated_delta_net.value_dim = 6;
+    config.linear_attention.heads = 3;
+  } else {
+    config.mamba2.state = 6;
+  }
+  auto state = language_model<float>(config, 1).initial_state(1);
+  const auto before = state;
+  CHECK_THROWS_WITH(
+      model.advance({}, state, random_ids(1, 3, 5)),
+      ssm_test::contains(kind == "M" ? "layer 1 of the model" : "layer 2 of the model"));
+  CHECK(state == before);
+}
+
+TEST_CASE("model/language_model: a state of another element type is refused",
+          "[model][language_model][error]") {
+  const language_model<float> narrow(small_config("*-"), 1);
+  auto state = language_model<double>(small_config("*-"), 1).initial_state(1);
+  CHECK_THROWS_WITH(narrow.advance({}, state, random_ids(1, 3, 5)),
+                    ssm_test::contains("differ in element type"));
+}
+
+TEST_CASE("model/language_model: a state that was moved from is refused",
+          "[model][language_model][error]") {
+  const language_model<float> m(small_config("*M-"), 1);
+  const auto ids = random_ids(1, 3, 5);
+  auto state = m.initial_state(1);
+  auto taken = std::move(state);
+  CHECK_THROWS_WITH(m.advance({}, state, ids), ssm_test::contains("moved from"));
+  CHECK_THROWS_AS(m.advance({}, state, tensor<std::int32_t, 2>(0, 3)), value_error);
+  const auto layer = std::move(taken.layers()[1]);
+  CHECK_THROWS_WITH(m.advance({}, taken, ids), ssm_test::contains("moved from"));
+}
+
+TEST_CASE("model/language_model: a clone goes on from a state of its original",
+          "[model][language_model]") {
+  const language_model<float> m(small_config("*M-"), 1);
+  const auto ids = random_ids(2, 5, 5);
+  auto one = m.initial_state(2), two = m.initial_state(2);
+  (void)m.advance({}, one, ids);
+  (void)m.clone().advance({}, two, ids);
+  CHECK(one == two);
+  // So does a model of the same config that shares nothing with it.
+  const auto y = language_model<float>(small_config("*M-"), 1).advance({}, two, ids);
+  CHECK(largest_difference(y, m.advance({}, one, ids)) == 0.0);
+}

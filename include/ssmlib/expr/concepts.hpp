@@ -26,6 +26,12 @@ enum class operand { per_token, parameter };
 ///   operands(self, f)                            static; f(name, tensor&, operand) for each
 ///   operand dense()                                      (b, H, T, T) in double: the definition
 ///
+/// and, where dense() alone does not say it or the operands are not enough,
+///
+///   causal() -> causality        whether rows depend on tokens after theirs; see causality_of
+///   check_length(longest)        throws shape_error where a sequence of `longest` tokens is too
+///   much
+///
 /// Head counts obey one rule: an operand with G heads serves head h of H with its head h * G / H.
 template <class M>
 concept MatrixMixer = requires(const M& m, M& mutable_m) {
@@ -50,6 +56,25 @@ concept RecurrentMixer = MatrixMixer<M> &&
   { m.key_size() } -> std::same_as<index_t>;
   { m.state_features(index_t{1}) } -> std::same_as<index_t>;
 };
+
+/// Whether the rows of a mixer depend on tokens after their own.
+enum class causality {
+  causal,      ///< they do not: entries above the diagonal are zero, or count as zero
+  not_causal,  ///< they do, so the mixer cannot run from a state
+  unknown      ///< only dense() can tell
+};
+
+/// What a mixer says of itself by a member causal(); recurrent mixers are causal.
+template <MatrixMixer M>
+[[nodiscard]] constexpr causality causality_of(const M& m) {
+  if constexpr (requires {
+                  { m.causal() } -> std::same_as<causality>;
+                }) {
+    return m.causal();
+  } else {
+    return RecurrentMixer<M> ? causality::causal : causality::unknown;
+  }
+}
 
 namespace detail {
 
@@ -89,6 +114,9 @@ index_t join_heads(const char* what, index_t a, index_t b);
 void check_time(const char* what, index_t b0, index_t t0, index_t b1, index_t t1);
 /// Throws unless a layout has as many tokens as an operand.
 void check_tokens(const char* what, const sequence_layout& layout, index_t tokens);
+/// Throws what a mixer that cannot run from a state is refused with.
+[[noreturn]] void throw_not_causal(const char* what);
+[[noreturn]] void throw_not_causal_entry(index_t row, index_t column);
 
 }  // namespace detail
 
@@ -98,13 +126,23 @@ template <class M>
   return m.layout ? m.layout : sequence_layout::rectangular(m.batch(), m.length());
 }
 
+namespace detail {
+/// Throws where a mixer, or one inside it, cannot take sequences of this length.
+template <class M>
+void check_length(const M& m, index_t longest) {
+  if constexpr (requires { m.check_length(longest); }) m.check_length(longest);
+}
+}  // namespace detail
+
 /// The mixer of a packed batch: block diagonal, one block a sequence. The operands have batch 1
 /// and the layout's tokens along time.
-/// @throws shape_error  the layout covers another number of tokens than the operands have.
+/// @throws shape_error  the layout covers another number of tokens than the operands have, or a
+///                      sequence is longer than a mask goes.
 template <class M>
 [[nodiscard]] M packed(const sequence_layout& layout, M m) {
   if (!layout) return m;  // none: the rectangle stays
   if (m.length() != 0) detail::check_tokens("packed", layout, m.batch() * m.length());
+  detail::check_length(m, layout.max_length());
   m.layout = layout;
   return m;
 }

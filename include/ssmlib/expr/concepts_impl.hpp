@@ -34,4 +34,19 @@ SSMLIB_INLINE void check_tokens(const char* what, const sequence_layout& layout,
   }
 }
 
+SSMLIB_INLINE void throw_not_causal(const char* what) {
+  throw value_error(
+      "ssm: " + std::string(what) +
+      ": the mixer's rows depend on tokens to come, as those of Q * transpose(K) do without a "
+      "mask; put a causal mask over it, as hadamard(causal, Q * transpose(K))");
+}
+
+SSMLIB_INLINE void throw_not_causal_entry(index_t row, index_t column) {
+  throw value_error(
+      "ssm: advance: entry (" + std::to_string(row) + ", " + std::to_string(column) +
+      ") of the mixer's matrix is not zero, so that token " + std::to_string(row) +
+      " depends on one to come; evaluate whole sequences instead (or, if only rounding makes it "
+      "so, give the mixer a member causal() that returns causality::causal)");
+}
+
 }  // namespace ssm::detail

@@ -92,6 +92,7 @@ struct gram {
   [[nodiscard]] index_t length() const { return q.extent(1); }
   [[nodiscard]] index_t heads() const { return std::max(q.extent(2), k.extent(2)); }
   [[nodiscard]] index_t key_size() const { return q.extent(3); }
+  [[nodiscard]] static constexpr causality causal() { return causality::not_causal; }
 
   template <class Self, class F>
   static void operands(Self& self, F&& f) {
@@ -135,12 +136,13 @@ template <Real T, int R, Backend B>
   return {std::move(q4), std::move(kt.value)};
 }
 template <Real T, int R, Backend B, Real T2, Backend B2>
-requires(!std::same_as<T, T2> || !std::same_as<B, B2>) void operator*(
-    const tensor<T, R, B>&, const transposed_tensor<T2, B2>&) {
+requires(!std::same_as<T, T2> || !std::same_as<B, B2>) gram<T, B>
+operator*(const tensor<T, R, B>&, const transposed_tensor<T2, B2>&) {
   static_assert(std::same_as<B, B2>,
                 "ssm: Q * transpose(K) mixes two backends; copy one operand with to<backend>(...)");
   static_assert(!std::same_as<B, B2> || std::same_as<T, T2>,
                 "ssm: Q * transpose(K) mixes two element types; convert one with cast<T>(...)");
+  return {};
 }
 
 /// Folds a scale into the gram matrix: Q * transpose(K) * (1 / sqrt(N)).

@@ -59,6 +59,8 @@ struct masked_gram {
   [[nodiscard]] index_t heads() const { return std::max(mask.heads(), kernel.heads()); }
   [[nodiscard]] index_t key_size() const { return kernel.key_size(); }
   [[nodiscard]] index_t state_features(index_t p) const { return p; }
+  [[nodiscard]] causality causal() const { return causality_of(mask); }
+  void check_length(index_t longest) const { detail::check_length(mask, longest); }
 
   template <class Self, class F>
   static void operands(Self& self, F&& f) {
@@ -97,7 +99,8 @@ struct masked_gram {
 ///
 /// @return structure::semiseparable for the masks causal, decay and semiseparable (chunked,
 ///         recurrent, quadratic), else structure::masked_low_rank (the mask's own product).
-/// @throws shape_error  batch, length or head counts do not fit.
+/// @throws shape_error  batch, length or head counts do not fit, or a sequence is longer than the
+///                      mask goes.
 /// @cost   O(1); nothing is evaluated.
 template <MatrixMixer L, Real T, Backend B, class Phi>
 [[nodiscard]] masked_gram<L, T, B, Phi> hadamard(L mask, gram<T, B, Phi> kernel) {
@@ -111,6 +114,7 @@ template <MatrixMixer L, Real T, Backend B, class Phi>
                      kernel.batch(), kernel.length());
   detail::join_heads("hadamard(mask, Q * transpose(K))", mask.heads(), kernel.heads());
   sequence_layout layout = kernel.layout ? kernel.layout : mask.layout;
+  detail::check_length(mask, layout ? layout.max_length() : kernel.length());
   return {std::move(mask), std::move(kernel), std::move(layout)};
 }
 template <Real T, Backend B, class Phi>
@@ -121,6 +125,23 @@ template <Real T, Backend B, class Phi>
 template <Real T, Backend B, class Phi>
 [[nodiscard]] auto hadamard(window_t w, gram<T, B, Phi> kernel) {
   return hadamard(window_mask<T, B>{w.size}, std::move(kernel));
+}
+
+namespace detail {
+template <class L>
+inline constexpr bool is_gram = false;
+template <class T, class B, class Phi>
+inline constexpr bool is_gram<gram<T, B, Phi>> = true;
+}  // namespace detail
+
+/// The mask comes first: refused with a sentence.
+template <Real T, Backend B, class Phi, class L>
+requires(!detail::is_gram<L>) auto hadamard(gram<T, B, Phi> kernel, L mask)
+    -> decltype(hadamard(std::move(mask), std::move(kernel))) {
+  static_assert(!std::same_as<L, L>,
+                "ssm: hadamard(Q * transpose(K), mask) has its operands in the other order; write "
+                "hadamard(mask, Q * transpose(K))");
+  return hadamard(std::move(mask), std::move(kernel));
 }
 
 /// A causal mixer divided by its row sums, as in normalised linear attention:
@@ -138,6 +159,8 @@ struct row_normalized {
   [[nodiscard]] index_t batch() const { return inner.batch(); }
   [[nodiscard]] index_t length() const { return inner.length(); }
   [[nodiscard]] index_t heads() const { return inner.heads(); }
+  [[nodiscard]] causality causal() const { return causality_of(inner); }
+  void check_length(index_t longest) const { detail::check_length(inner, longest); }
   [[nodiscard]] index_t key_size() const requires RecurrentMixer<M> { return inner.key_size(); }
   /// The row sum is one more feature, of the value 1: the last column of the state.
   [[nodiscard]] index_t state_features(index_t p) const requires RecurrentMixer<M> {
@@ -188,6 +211,8 @@ struct with_diagonal {
   [[nodiscard]] index_t batch() const { return inner.batch(); }
   [[nodiscard]] index_t length() const { return inner.length(); }
   [[nodiscard]] index_t heads() const { return std::max(inner.heads(), d.extent(0)); }
+  [[nodiscard]] causality causal() const { return causality_of(inner); }
+  void check_length(index_t longest) const { detail::check_length(inner, longest); }
   [[nodiscard]] index_t key_size() const requires RecurrentMixer<M> { return inner.key_size(); }
   [[nodiscard]] index_t state_features(index_t p) const requires RecurrentMixer<M> {
     return inner.state_features(p);

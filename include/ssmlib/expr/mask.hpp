@@ -104,6 +104,7 @@ struct window_mask {
   [[nodiscard]] index_t batch() const { return layout ? 1 : 0; }
   [[nodiscard]] index_t length() const { return layout ? layout.tokens() : 0; }
   [[nodiscard]] index_t heads() const { return 1; }
+  [[nodiscard]] static constexpr causality causal() { return causality::causal; }
   template <class Self, class F>
   static void operands(Self&, F&&) {}
   void column(index_t begin, index_t end, index_t s, index_t, double* out) const {
@@ -221,6 +222,7 @@ struct toeplitz_mask {
   [[nodiscard]] index_t batch() const { return layout ? 1 : 0; }
   [[nodiscard]] index_t length() const { return layout ? layout.tokens() : 0; }
   [[nodiscard]] index_t heads() const { return kernel.extent(0); }
+  [[nodiscard]] static constexpr causality causal() { return causality::causal; }
   template <class Self, class F>
   static void operands(Self& self, F&& f) {
     f("kernel", self.kernel, operand::parameter);
@@ -243,7 +245,9 @@ struct toeplitz_mask {
 };
 
 /// @param kernel  (H, T') or (T'), T' at least the longest sequence: kernel[h, d] weighs the token
-///                d places before.
+///                d places before. The length is checked when the mask meets its tokens; for a
+///                packed batch that is longer than the kernel, pack Q * transpose(K) before it is
+///                masked.
 template <Real T, int R, Backend B>
 [[nodiscard]] toeplitz_mask<T, B> toeplitz(const tensor<T, R, B>& kernel) {
   static_assert(R <= 2, "ssm: a Toeplitz kernel is (head, distance) or (distance)");

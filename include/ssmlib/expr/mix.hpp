@@ -54,7 +54,8 @@ struct mix {
 
 /// The product of a mixer and X: (b, T, H, P), (T, H, P) or (T, P).
 /// @return (like X) lazily; H is the larger head count.
-/// @throws shape_error  batch, length or heads do not fit.
+/// @throws shape_error  batch, length or heads do not fit, or a sequence is longer than a mask
+/// goes.
 template <MatrixMixer M, Real T, int R, Backend B>
 [[nodiscard]] mix<M, R> operator*(M mixer, const tensor<T, R, B>& x) {
   static_assert(std::same_as<typename M::backend, B>,
@@ -70,6 +71,7 @@ template <MatrixMixer M, Real T, int R, Backend B>
   } else {
     detail::check_tokens("mixer * X", mixer.layout, x4.extent(0) * x4.extent(1));
   }
+  detail::check_length(mixer, mixer.layout ? mixer.layout.max_length() : mixer.length());
   detail::join_heads("mixer * X", mixer.heads(), x4.extent(2));
   return {std::move(mixer), std::move(x4), {}};
 }

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 namespace ssm {
@@ -27,6 +29,16 @@ template <Real T, Backend B>
   return {std::move(g), true, w.size};
 }
 
+/// A second mask is refused with a sentence.
+template <Real T, Backend B, class Mask>
+requires std::same_as<Mask, causal_t> || std::same_as<Mask, window_t> masked_logits<T, B>
+operator+(masked_logits<T, B> logits, Mask) {
+  static_assert(!std::same_as<Mask, Mask>,
+                "ssm: these logits have a mask already; add one, + causal or + window(w), which is "
+                "causal too");
+  return logits;
+}
+
 /// Softmax attention: rows of exp(alpha q_t . k_s) over the tokens s that the mask keeps, divided
 /// by their sum. Not recurrent in fixed memory: its state is the keys and values so far.
 template <Real T, Backend B = cpu>
@@ -45,6 +57,9 @@ struct softmax_mixer {
   [[nodiscard]] index_t length() const { return logits.length(); }
   [[nodiscard]] index_t heads() const { return logits.heads(); }
   [[nodiscard]] index_t key_size() const { return logits.key_size(); }
+  [[nodiscard]] causality causal() const {
+    return is_causal ? causality::causal : causality::not_causal;
+  }
 
   template <class Self, class F>
   static void operands(Self& self, F&& f) {
@@ -98,12 +113,18 @@ template <Real T, Backend B>
   sequence_layout layout = g.layout;
   return {std::move(g), false, 0, std::move(layout)};
 }
-/// softmax of anything else is refused with a sentence.
+/// softmax of anything else is refused with a sentence. Its result has the type that is expected,
+/// so that the sentence stands before what the compiler says of it.
 template <class E>
-void softmax(const E&) {
+requires requires {
+  typename E::value_type;
+}
+softmax_mixer<std::conditional_t<Real<typename E::value_type>, typename E::value_type, float>>
+softmax(const E&) {
   static_assert(detail::is_tensor<E> && !detail::is_tensor<E>,
                 "ssm: softmax takes logits, Q * transpose(K) with an optional scale and mask; "
                 "softmax of a plain tensor is softmax_rows(x)");
+  return {};
 }
 
 }  // namespace ssm

@@ -17,6 +17,7 @@ namespace ssm {
 ///
 /// and, where it has them,
 ///
+///   causal()                         a causality; without it advance() looks into dense()
 ///   multiply_transposed(z, layout)   L^T z likewise; without it gradients go through T x T storage
 ///   heads()                          default 1; head h of z's H uses the mask's head
 ///                                    h * heads() / H
@@ -51,6 +52,15 @@ struct user_mask {
       return mask.heads();
     } else {
       return 1;
+    }
+  }
+  [[nodiscard]] causality causal() const {
+    if constexpr (requires {
+                    { mask.causal() } -> std::same_as<causality>;
+                  }) {
+      return mask.causal();
+    } else {
+      return causality::unknown;
     }
   }
   template <class Self, class F>

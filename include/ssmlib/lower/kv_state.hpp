@@ -81,11 +81,7 @@ class kv_state {
 
   /// Whether every later advance gives the same: equal sizes, positions, and elements in reach.
   friend bool operator==(const kv_state& a, const kv_state& b) {
-    if (!(a.positions_ == b.positions_) || a.window_ != b.window_ ||
-        a.shape_.k_heads != b.shape_.k_heads || a.shape_.v_heads != b.shape_.v_heads ||
-        a.shape_.key_size != b.shape_.key_size || a.shape_.features != b.shape_.features) {
-      return false;
-    }
+    if (!(a.positions_ == b.positions_) || !a.same_sizes(b)) return false;
     for (index_t i = 0; i < a.sequences(); ++i) {
       const index_t end = a.positions_[i];
       const index_t begin = a.window_ == 0 ? 0 : std::max<index_t>(0, end - (a.window_ - 1));
@@ -94,6 +90,13 @@ class kv_state {
       }
     }
     return true;
+  }
+
+  /// Whether they fit the same products, but for the number of sequences.
+  [[nodiscard]] bool same_sizes(const kv_state& other) const {
+    const auto &a = shape_, &b = other.shape_;
+    return window_ == other.window_ && a.k_heads == b.k_heads && a.v_heads == b.v_heads &&
+           a.key_size == b.key_size && a.features == b.features;
   }
 
   template <Real U, int R, class Alg>

@@ -78,6 +78,10 @@ template <MatrixMixer M, int R, class Alg>
 
 /// The state of a recurrent mixer: one (key size x features) matrix a head, in the element type of
 /// the mixer. Rollback policy `snapshot`: the states before each of the last max_rollback tokens.
+///
+/// It is numbers only and keeps no record of the mixer: any recurrent mixer of the same element
+/// type and sizes may advance it, so that linear attention, say, can go on by retention. Take care
+/// that this is meant; a model_state does know its model.
 /// @cost memory (1 + max_rollback) * sequences * H * N * features
 template <Real T>
 class matrix_state {
@@ -119,6 +123,11 @@ class matrix_state {
     });
   }
 
+  /// Whether they fit the same products, but for the number of sequences.
+  [[nodiscard]] bool same_sizes(const matrix_state& other) const {
+    return std::ranges::equal(std::span(value_.extents()).subspan(1),
+                              std::span(other.value_.extents()).subspan(1));
+  }
   friend bool operator==(const matrix_state& a, const matrix_state& b) {
     return a.positions_ == b.positions_ && detail::equal_elements(a.value_, b.value_);
   }
@@ -207,7 +216,9 @@ template <RecurrentMixer M, int R, class Alg>
 }
 
 /// The state of a causal mixer that has no better one: the operands of all tokens so far. Advancing
-/// multiplies by the last rows of dense(), the quadratic reference.
+/// multiplies by the last rows of dense(), the quadratic reference. Where the mixer does not say
+/// that it is causal (causality_of), every new column of dense() is looked at: above the diagonal
+/// it must be zero.
 /// @cost O(position^2) an advance; for references and mixers under construction.
 template <MatrixMixer M>
 class history_state {
@@ -294,13 +305,35 @@ class history_state {
   std::vector<std::vector<product>> tokens_;  // none or one product a sequence
 };
 
+namespace detail {
+
+/// Throws where token t < s of the one sequence of m depends on token s, s >= begin.
+template <MatrixMixer M>
+void check_no_future(const M& m, index_t begin) {
+  const tensor<double, 4> dense = m.dense();
+  for (index_t h = 0; h < dense.extent(1); ++h) {
+    for (index_t s = begin; s < dense.extent(3); ++s) {
+      for (index_t t = 0; t < s; ++t) {
+        const double entry = dense(0, h, t, s);
+        if (entry < 0 || entry > 0) throw_not_causal_entry(t, s);  // NaN: 0 / 0 of an empty row
+      }
+    }
+  }
+}
+
+}  // namespace detail
+
+/// @throws value_error  the mixer is known not to be causal.
 template <MatrixMixer M, int R, class Alg>
 requires(!RecurrentMixer<M>)
-    [[nodiscard]] history_state<M> make_state(const mix<M, R, Alg>&, index_t sequences,
+    [[nodiscard]] history_state<M> make_state(const mix<M, R, Alg>& prototype, index_t sequences,
                                               index_t max_rollback = 0) {
+  if (causality_of(prototype.mixer) == causality::not_causal)
+    detail::throw_not_causal("make_state");
   return {sequences, max_rollback};
 }
 
+/// @throws value_error  a token depends on one to come; the state is as it was.
 template <MatrixMixer M, int R, class Alg>
 [[nodiscard]] tensor<typename M::value_type, R> advance(
     const mix<M, R, Alg>& e, history_state<M>& state,
@@ -308,12 +341,15 @@ template <MatrixMixer M, int R, class Alg>
   using T = typename M::value_type;
   const sequence_layout layout = layout_of(e.mixer);
   state.positions_.check_layout(layout);
+  const causality known = causality_of(e.mixer);
+  if (known == causality::not_causal) detail::throw_not_causal("advance");
   tensor<T, 4> y(e.extents());
   const tensor<T, 4> rows = detail::as_packed(y);
+  auto tokens = state.tokens_;
   for (index_t i = 0; i < layout.sequences(); ++i) {
     const index_t begin = layout.begin(i), end = layout.end(i);
     if (begin == end) continue;
-    auto& kept = state.tokens_[static_cast<std::size_t>(i)];
+    auto& kept = tokens[static_cast<std::size_t>(i)];
     auto all = detail::slice_tokens(e, begin, end).with(alg::quadratic{});
     if (kept.empty()) {
       // Own copies: the caller may reuse its tensors.
@@ -321,12 +357,37 @@ template <MatrixMixer M, int R, class Alg>
     } else {
       all = history_state<M>::joined(kept.front(), all);
     }
+    const index_t before = all.x.extent(1) - (end - begin);
+    if (known == causality::unknown) detail::check_no_future(all.mixer, before);
     const tensor<T, 4> out = eval(all, ctx);
-    rows.slice(1, begin, end).copy_from(out.slice(1, out.extent(1) - (end - begin), out.extent(1)));
+    rows.slice(1, begin, end).copy_from(out.slice(1, before, out.extent(1)));
     kept.assign(1, all);
-    state.positions_.advance(i, end - begin);
   }
+  state.tokens_ = std::move(tokens);
+  for (index_t i = 0; i < layout.sequences(); ++i)
+    state.positions_.advance(i, layout.length(i));
   return detail::demote<R>(y);
+}
+
+namespace detail {
+/// Whether advance(e, S&) exists.
+template <class S, class E>
+concept StateOf = std::convertible_to < S&,
+        history_state<typename E::mixer_type>
+& > || requires(const E& e, S& state) {
+  requires std::convertible_to<S&, decltype(make_state(e, index_t{1}))&>;
+};
+}  // namespace detail
+
+/// advance of a state of another mixer is refused with a sentence.
+template <MatrixMixer M, int R, class Alg, class S>
+requires(!std::is_const_v<S> && !detail::StateOf<S, mix<M, R, Alg>>)
+    tensor<typename M::value_type, R> advance(const mix<M, R, Alg>&, S&,
+                                              const cpu::context& = default_context<cpu>()) {
+  static_assert(detail::StateOf<S, mix<M, R, Alg>>,
+                "ssm: advance(mixer * X, state): the state is one of another kind of mixer or "
+                "element type; make it with make_state(mixer * X, sequences)");
+  return {};
 }
 
 }  // namespace ssm

@@ -32,6 +32,13 @@ struct mixer_state {
     if (conv.channels() > 0) conv.rollback(n);
   }
   friend bool operator==(const mixer_state&, const mixer_state&) = default;
+  /// Whether they fit the same mixers, but for the number of sequences.
+  [[nodiscard]] bool same_sizes(const mixer_state& other) const {
+    if constexpr (requires { matrix.same_sizes(other.matrix); }) {
+      if (!matrix.same_sizes(other.matrix)) return false;
+    }
+    return conv.same_sizes(other.conv);
+  }
 };
 
 /// What a mixer makes of its input: the product to evaluate, and what finish() needs besides.

@@ -2,6 +2,7 @@
 
 #include <ssmlib/lower/elementwise.hpp>
 #include <ssmlib/mixer/sequence_mixer.hpp>
+#include <ssmlib/model/model_state.hpp>
 #include <ssmlib/nn/norm.hpp>
 
 #include <concepts>
@@ -15,59 +16,6 @@
 #include <vector>
 
 namespace ssm {
-
-/// The state of any layer, as a value: copying it forks it.
-class any_state {
- public:
-  any_state() = default;
-  template <class S>
-  requires(!std::same_as<std::remove_cvref_t<S>, any_state>) explicit any_state(S state)
-      : held_(std::make_unique<holder<S>>(std::move(state))) {}
-  any_state(const any_state& other) : held_(other.held_ ? other.held_->clone() : nullptr) {}
-  any_state(any_state&&) = default;
-  any_state& operator=(any_state other) {
-    held_ = std::move(other.held_);
-    return *this;
-  }
-
-  /// False for layers without a state (MLPs).
-  explicit operator bool() const { return held_ != nullptr; }
-  void rollback(std::span<const index_t> n) {
-    if (held_) held_->rollback(n);
-  }
-  friend bool operator==(const any_state& a, const any_state& b) {
-    if (!a.held_ || !b.held_) return !a.held_ && !b.held_;
-    return a.held_->equals(*b.held_);
-  }
-  /// @pre the state was made from an S
-  template <class S>
-  [[nodiscard]] S& as() {
-    return static_cast<holder<S>*>(held_.get())->state;
-  }
-
- private:
-  struct base {
-    virtual ~base() = default;
-    [[nodiscard]] virtual std::unique_ptr<base> clone() const = 0;
-    virtual void rollback(std::span<const index_t> n) = 0;
-    [[nodiscard]] virtual bool equals(const base& other) const = 0;
-  };
-  template <class S>
-  struct holder final : base {
-    explicit holder(S s) : state(std::move(s)) {}
-    [[nodiscard]] std::unique_ptr<base> clone() const override {
-      return std::make_unique<holder>(state);
-    }
-    void rollback(std::span<const index_t> n) override { state.rollback(n); }
-    [[nodiscard]] bool equals(const base& other) const override {
-      const auto* same = dynamic_cast<const holder*>(&other);
-      return same != nullptr && same->state == state;
-    }
-    S state;
-  };
-
-  std::unique_ptr<base> held_;
-};
 
 /// One layer of a model, whatever it is: the boundary between static types (inside a layer) and a
 /// run-time list (the model). What distillation needs of a mixer goes through here too.

@@ -4,6 +4,7 @@
 #include <ssmlib/model/block.hpp>
 #include <ssmlib/model/config.hpp>
 #include <ssmlib/model/make_block.hpp>
+#include <ssmlib/model/model_state.hpp>
 #include <ssmlib/nn/embedding.hpp>
 #include <ssmlib/nn/linear.hpp>
 #include <ssmlib/nn/norm.hpp>
@@ -20,37 +21,6 @@
 #include <vector>
 
 namespace ssm {
-
-/// The state of a model: those of its layers, and the positions. A value: copying is a fork.
-class model_state {
- public:
-  model_state() = default;
-  model_state(index_t sequences, index_t max_rollback, std::vector<any_state> layers)
-      : positions_(sequences, max_rollback), layers_(std::move(layers)) {}
-
-  [[nodiscard]] index_t sequences() const { return positions_.sequences(); }
-  [[nodiscard]] index_t position(index_t i) const { return positions_[i]; }
-  [[nodiscard]] index_t max_rollback() const { return positions_.max_rollback(); }
-  [[nodiscard]] index_t can_roll_back(index_t i) const { return positions_.undoable(i); }
-
-  /// Undoes the last n tokens of every sequence, or n[i] of sequence i.
-  /// @throws value_error  more than can be undone; nothing changes then.
-  void rollback(index_t n) { rollback(detail::same_count(sequences(), n)); }
-  void rollback(std::span<const index_t> n) {
-    detail::roll_back_each(positions_, n, [](index_t, index_t) {});
-    for (any_state& layer : layers_)
-      layer.rollback(n);
-  }
-  friend bool operator==(const model_state&, const model_state&) = default;
-
-  /// For models: the layers' states, and the record of new tokens.
-  [[nodiscard]] std::vector<any_state>& layers() { return layers_; }
-  [[nodiscard]] detail::state_positions& positions() { return positions_; }
-
- private:
-  detail::state_positions positions_;
-  std::vector<any_state> layers_;
-};
 
 /// What training, distillation and decoding ask of a model.
 ///
@@ -107,10 +77,7 @@ class language_model {
 
   /// An empty state. @param max_rollback  the most tokens that rollback() must be able to undo
   [[nodiscard]] model_state initial_state(index_t sequences, index_t max_rollback = 0) const {
-    std::vector<any_state> layers;
-    for (const auto& b : blocks_)
-      layers.push_back(b->initial_state(sequences, max_rollback));
-    return {sequences, max_rollback, std::move(layers)};
+    return {pattern_, sequences, max_rollback, layer_states(sequences, max_rollback)};
   }
 
   /// New tokens from any position: prefill, chunks and single steps are this one call.
@@ -119,6 +86,8 @@ class language_model {
   ///                layout of one (possibly empty) piece a sequence
   /// @return        (b, n, d), after the final norm, as one pass over everything would give it;
   ///                for pieces of at most 16 tokens the same bits whatever the split and the batch
+  /// @throws value_error  the state is of another model; shape_error: other sizes or another number
+  ///                      of sequences. Nothing has changed then.
   [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, model_state& state,
                                      const tensor<std::int32_t, 2>& ids,
                                      const sequence_layout& layout = {}) const;
@@ -140,12 +109,19 @@ class language_model {
     return layout;
   }
 
+  [[nodiscard]] std::vector<any_state> layer_states(index_t sequences, index_t max_rollback) const {
+    std::vector<any_state> layers;
+    for (const auto& b : blocks_)
+      layers.push_back(b->initial_state(sequences, max_rollback));
+    return layers;
+  }
   [[nodiscard]] static std::shared_ptr<any_block<T>> make_block(const model_config& c, char letter,
                                                                 std::uint64_t seed);
 
   model_config config_;
   embedding<T> embedding_;
   std::vector<std::shared_ptr<any_block<T>>> blocks_;
+  std::shared_ptr<const std::string> pattern_;  // the config's; a state that shares it fits
   std::variant<rms_norm<T>, layer_norm<T>> norm_;
   linear<T> head_;
   bool checkpointing_ = false;
@@ -173,6 +149,7 @@ tensor<T, 3> language_model<T>::advance(const pass<T>& p, model_state& state,
                                         const tensor<std::int32_t, 2>& ids,
                                         const sequence_layout& layout) const {
   const sequence_layout pieces = whole(ids, layout);
+  if (!state.is_of(pattern_)) state.check_model(config_.pattern, layer_states(0, 0));
   state.positions().check_layout(pieces);
   const sequence_layout placed = pieces.at_positions(state.positions().all());
   const pass<T> step{p.ctx, nullptr, pieces.max_length() <= max_fixed_step};
@@ -257,6 +234,7 @@ language_model<T>::language_model(const model_config& config, std::uint64_t seed
   for (std::size_t i = 0; i < config.pattern.size(); ++i) {
     blocks_.push_back(make_block(config, config.pattern[i], part(i + 1)));
   }
+  pattern_ = std::make_shared<const std::string>(config.pattern);
   detail::with_norm<T>(config, [&](auto norm) { norm_ = std::move(norm); });
   if (config.tie_embeddings) {
     head_.weight = embedding_.weight;

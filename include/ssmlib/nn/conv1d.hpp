@@ -233,6 +233,11 @@ class conv_state {
            detail::equal_elements(a.window(), b.window());
   }
 
+  /// Whether they fit the same convolutions, but for the number of sequences.
+  [[nodiscard]] bool same_sizes(const conv_state& other) const {
+    return width_ == other.width_ && channels() == other.channels();
+  }
+
   /// Convolves the new tokens of every sequence (none is allowed) from where the state stands, and
   /// moves the state behind them. A token's bits depend on its inputs alone, so every split of a
   /// sequence gives the same. Nothing is recorded on the tape.
