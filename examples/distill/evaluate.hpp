@@ -1,11 +1,13 @@
 #pragma once
 
+#include "interrupt.hpp"
 #include <ssmlib/ssmlib.hpp>
 
 #include <cmath>
 #include <cstdint>
 #include <numbers>
 #include <span>
+#include <string>
 #include <vector>
 
 namespace demo {
@@ -14,7 +16,7 @@ using model = ssm::language_model<float>;
 
 /// Bits per byte of a text under a model that reads windows of `window` bytes. Windows overlap by
 /// half and score their second half, so that every byte but the first few has at least half a
-/// window of context; all bytes but the first are scored once.
+/// window of context; all bytes but the first are scored once. @throws interrupted  Ctrl-C.
 [[nodiscard]] inline double bits_per_byte(const model& m, std::span<const std::uint8_t> text,
                                           ssm::index_t window, const ssm::cpu::context& ctx) {
   const ssm::index_t half = window / 2, n = static_cast<ssm::index_t>(text.size());
@@ -26,6 +28,7 @@ using model = ssm::language_model<float>;
     starts.push_back(begin);
   }
   for (std::size_t i = 0; i < starts.size(); i += batch) {
+    stop_if_requested();
     const std::size_t end = std::min(starts.size(), i + batch);
     ssm::token_batch tokens{ssm::tensor<std::int32_t, 2>(ssm::index_t(end - i), window),
                             ssm::tensor<std::int32_t, 2>(ssm::index_t(end - i), window)};

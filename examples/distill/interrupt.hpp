@@ -4,7 +4,7 @@
 
 namespace demo {
 
-/// Thrown when Ctrl-C ended a stage, after everything was saved.
+/// Thrown when Ctrl-C ended a stage or the measuring, after everything was saved.
 struct interrupted {};
 
 inline volatile std::sig_atomic_t stop_requested = 0;
@@ -15,6 +15,11 @@ inline void install_signal_handler() {
     stop_requested = 1;
     std::signal(SIGINT, SIG_DFL);
   });
+}
+
+/// For work that has nothing to save. @throws interrupted  Ctrl-C.
+inline void stop_if_requested() {
+  if (stop_requested != 0) throw interrupted{};
 }
 
 }  // namespace demo

@@ -6,51 +6,85 @@
 #include "error.hpp"
 #include "interrupt.hpp"
 #include "run.hpp"
+#include "version.hpp"
 
 #include <CLI/CLI.hpp>
 
+#include <charconv>
 #include <exception>
 #include <iostream>
+#include <sstream>
+#include <string>
+#include <system_error>
+#include <type_traits>
+
+namespace {
+
+// Numbers out of their range are refused before the run, NaN too, in a message that fits on a line.
+template <class T>
+CLI::Validator in_range(T low, T high) {
+  std::ostringstream range;
+  range << low << " to " << high;
+  const auto check = [=, wanted = range.str()](const std::string& text) -> std::string {
+    T value{};
+    const char* end = text.data() + text.size();
+    const auto [stop, error] = std::from_chars(text.data(), end, value);
+    if (error == std::errc() && stop == end && value >= low && value <= high) return {};
+    return "wanted a number from " + wanted + ", not '" + text + "'";
+  };
+  return CLI::Validator(check, range.str());
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   demo::settings s;
   ssm::index_t held_out_bytes = 65536, new_tokens = 401;
   CLI::App app{
-      "Trains a small Transformer on text (as bytes), distils it with MOHAWK into a pure Mamba-2 "
-      "and\n"
-      "a hybrid student, compares with distillation by fewer stages, decodes it speculatively, "
-      "and\n"
-      "writes a report. Layer patterns: * attention, M Mamba-2, D discrete Mamba-2, m Mamba-1,\n"
-      "L linear attention, R retention, G Gated DeltaNet, - MLP.\n"
+      "Trains a small Transformer on text (as bytes), distils it with MOHAWK into a pure Mamba-2\n"
+      "and a hybrid student, compares with distillation by fewer stages, decodes it\n"
+      "speculatively, and writes a report. Layer patterns: * attention, M Mamba-2,\n"
+      "D discrete Mamba-2, m Mamba-1, L linear attention, R retention, G Gated DeltaNet, - MLP.\n"
       "Ctrl-C stops after the current step; --resume goes on."};
-  app.add_option("--text", s.text, "Text files; default: the C++ headers installed here");
+  app.footer(
+      "Exit codes: 0 all done; 1 done, but the run's own check failed; 2 an option, file or\n"
+      "folder cannot be used; 130 stopped by Ctrl-C.");
+  app.set_version_flag(
+      "--version", "ssmlib " + demo::library_version() + " (commit " + demo::source_commit() + ")");
+  const auto number = [&app](const char* name, auto& value, auto low, auto high, const char* help) {
+    using T = std::remove_reference_t<decltype(value)>;
+    app.add_option(name, value, help)
+        ->check(in_range<T>(static_cast<T>(low), static_cast<T>(high)))
+        ->capture_default_str();
+  };
+  app.option_defaults()->take_last();
+  app.add_option("--text", s.text, "Text files; default: the C++ headers installed here")
+      ->take_all();
   app.add_option("--out", s.out, "Folder for the report, the models and the state of the run")
       ->capture_default_str();
   app.add_flag("--resume", s.resume, "Go on with the run in the output folder");
-  app.add_option("--budget", s.budget, "Multiplies the training steps of every stage")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  number("--budget", s.budget, 0.001, 1000, "Multiplies the training steps of every stage");
+  number("--stage3-rate", s.stage3_rate, 1e-5, 0.1, "Learning rate of stage 3, in every variant");
   app.add_option("--teacher", s.teacher, "Layer pattern of the teacher")->capture_default_str();
   app.add_option("--student", s.student, "Layer pattern of the pure student")
       ->capture_default_str();
   app.add_option("--hybrid", s.hybrid, "Layer pattern of the hybrid student")
       ->capture_default_str();
   app.add_option("--draft", s.draft, "Layer pattern of the draft model")->capture_default_str();
-  app.add_option("--width", s.width, "Model width")->capture_default_str();
-  app.add_option("--heads", s.heads, "Attention heads")->capture_default_str();
-  app.add_option("--max-bytes", s.max_bytes, "Text beyond this is left out")->capture_default_str();
-  app.add_option("--held-out-bytes", held_out_bytes, "Bytes of held-out text to score")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--new-tokens", new_tokens, "Bytes to generate")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--seed", s.seed, "Seed of weights and data order")->capture_default_str();
-  app.add_option("--threads", s.threads, "CPU threads; 0: all")->capture_default_str();
+  number("--width", s.width, 8, 4096, "Model width");
+  number("--heads", s.heads, 1, 256, "Attention heads");
+  number("--max-bytes", s.max_bytes, 65536, 1'000'000'000, "Text beyond this is left out");
+  number("--held-out-bytes", held_out_bytes, 256, 1'000'000'000, "Bytes of held-out text to score");
+  number("--new-tokens", new_tokens, 1, 1'000'000, "Bytes to generate");
+  number("--seed", s.seed, 0, 1'000'000'000, "Seed of weights and data order");
+  number("--threads", s.threads, 0, 1024, "CPU threads; 0: all");
   try {
     app.parse(argc, argv);
+  } catch (const CLI::Success& help) {
+    return app.exit(help);
   } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
+    std::cerr << "distill: " << e.what() << "; see --help\n";
+    return 2;
   }
   try {
     demo::install_signal_handler();

@@ -1,46 +1,49 @@
 #include "run.hpp"
 
+#include "checksum.hpp"
 #include "corpus.hpp"
 #include "error.hpp"
 #include "evaluate.hpp"
+#include "findings.hpp"
+#include "interrupt.hpp"
 #include "ngram.hpp"
 #include "output_folder.hpp"
-#include "report.hpp"
+#include "saved_model.hpp"
 #include "stages.hpp"
+#include "version.hpp"
 #include <ssmlib/io.hpp>
 #include <ssmlib/ssmlib.hpp>
 
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
-#include <ctime>
 #include <filesystem>
-#include <iomanip>
+#include <fstream>
 #include <iostream>
 #include <map>
 #include <numbers>
-#include <sstream>
+#include <numeric>
 #include <string>
 #include <vector>
 
 namespace {
 
-using demo::curve;
 using demo::model;
 using demo::settings;
 using ssm::index_t;
 using ssm::mohawk_stage;
 
-// Steps at budget 1. Students of one kind see the same number of bytes, whichever stages they take:
-// stage 3 alone gets the steps of all three.
+// Steps at budget 1 and learning rates. Students of one kind see the same bytes in the same order,
+// whichever stages they take: stage 3 alone gets the steps of all three.
+//
+// The rates were set by hand, by one rule for all variants: a stage has one rate, whichever student
+// it trains and whatever came before it. Stage 3's, on which the variants that skip stages depend
+// most, is the option --stage3-rate.
 struct plan {
   index_t teacher = 270, stage1 = 20, stage2 = 45, stage3 = 75, draft = 60;
-  double teacher_rate = 3e-3, stage1_rate = 3e-3, stage2_rate = 3e-3, stage3_rate = 2e-3;
-};
-
-struct pictures {
-  std::vector<demo::matrix_picture> teacher, before, after;
+  double teacher_rate = 3e-3, stage1_rate = 3e-3, stage2_rate = 3e-3;
 };
 
 class run {
@@ -59,17 +62,18 @@ class run {
 
   void train_all() {
     teacher_ = model(config_of(settings_, settings_.teacher), settings_.seed);
-    curves_["teacher"] = stages_.run({"teacher, next-byte prediction",
-                                      "teacher",
-                                      "bits per byte",
-                                      1 / std::numbers::ln2,
-                                      settings_.steps(plan_.teacher),
-                                      plan_.teacher_rate,
-                                      {"*"},
-                                      [this](const ssm::pass<float>& p, const ssm::token_batch& b) {
-                                        return ssm::next_token_loss(teacher_, p, b);
-                                      }},
-                                     teacher_);
+    found_.curves["teacher"] =
+        stages_.run({"teacher, next-byte prediction",
+                     "teacher",
+                     "bits per byte",
+                     1 / std::numbers::ln2,
+                     settings_.steps(plan_.teacher),
+                     plan_.teacher_rate,
+                     {"*"},
+                     [this](const ssm::pass<float>& p, const ssm::token_batch& b) {
+                       return ssm::next_token_loss(teacher_, p, b);
+                     }},
+                    teacher_);
     const std::vector<mohawk_stage> all = {mohawk_stage::matrix_orientation,
                                            mohawk_stage::hidden_state_alignment,
                                            mohawk_stage::distillation};
@@ -84,6 +88,7 @@ class run {
   void measure() {
     std::cerr << "\n== scoring " << text_.held_out.size() << " held-out bytes\n";
     const demo::witten_bell_model ngram(text_.train);
+    demo::stop_if_requested();
     results_["ngram_bpb"] = ngram.bits_per_byte(text_.held_out);
     bits("teacher_bpb", teacher_);
     bits("student_bpb", students_.at("student"));
@@ -100,96 +105,101 @@ class run {
     speculate();
   }
 
+  /// @param seconds  since the program was started
   void write(double seconds) {
-    results_["seconds"] = seconds;
+    results_["seconds"] = seconds + stages_.earlier_seconds();
     results_["threads"] = ctx_.threads();
     results_["train_bytes"] = text_.train.size();
     results_["held_out_bytes"] = text_.held_out.size();
     results_["near_duplicate_files_removed"] = text_.removed.size();
     results_["device"] = "cpu";
+    results_["version"] = demo::library_version();
+    results_["commit"] = demo::source_commit();
+    results_["date"] = demo::utc_time();
+    results_["learning_rates"] = {{"teacher", plan_.teacher_rate},
+                                  {"stage_1", plan_.stage1_rate},
+                                  {"stage_2", plan_.stage2_rate},
+                                  {"stage_3", settings_.stage3_rate},
+                                  {"draft", plan_.teacher_rate}};
     const auto models = settings_.out / "models";
     std::filesystem::create_directories(models);
-    ssm::save_parameters(models / "teacher.safetensors", teacher_.parameters(),
-                         {{"pattern", settings_.teacher}});
-    for (const auto& [name, m] : students_) {
-      ssm::save_parameters(models / (name + ".safetensors"), m.parameters(),
-                           {{"pattern", m.config().pattern}});
-    }
-    ssm::save_parameters(models / "draft.safetensors", draft_.parameters(),
-                         {{"pattern", settings_.draft}});
-    ssm::write_atomically(settings_.out / "report.html", page());
+    demo::save_model(models / "teacher.safetensors", teacher_);
+    for (const auto& [name, m] : students_)
+      demo::save_model(models / (name + ".safetensors"), m);
+    demo::save_model(models / "draft.safetensors", draft_);
+    ssm::write_atomically(settings_.out / "report.html", demo::report_page(found_));
     ssm::write_atomically(settings_.out / "summary.json", results_.dump(2) + "\n");
   }
 
-  [[nodiscard]] std::string table() const {
-    std::ostringstream out;
-    out << std::fixed << std::setprecision(3);
-    for (const auto& [label, key] : rows()) {
-      out << std::left << std::setw(44) << label << std::right << std::setw(8)
-          << results_.at(key).get<double>() << " bits per byte\n";
-    }
-    out << "speculative decoding: " << results_.at("tokens_per_step").get<double>()
-        << " tokens a step, acceptance " << results_.at("acceptance").get<double>() << ", speed-up "
-        << results_.at("speculative_speedup").get<double>() << ", greedy text equal to plain: "
-        << (results_.at("greedy_speculative_equals_plain").get<bool>() ? "yes" : "NO") << "\n";
-    return out.str();
-  }
+  [[nodiscard]] const nlohmann::json& results() const { return results_; }
 
  private:
   void distil(const std::string& name, const std::string& pattern,
               const std::vector<mohawk_stage>& list) {
     model student(config_of(settings_, pattern), settings_.seed + 1);
     ssm::transfer_weights(teacher_, student);
-    const bool first_run = list.size() == 3;
-    if (first_run) take_pictures(name, student, /*before=*/true);
+    const bool all_stages = list.size() == 3;
+    if (all_stages) take_pictures(name, student, /*before=*/true);
+    index_t first_step = 0;
     for (const mohawk_stage st : list) {
-      const int number = static_cast<int>(st);
-      index_t steps = number == 1 ? plan_.stage1 : number == 2 ? plan_.stage2 : plan_.stage3;
-      if (list.size() == 1) steps = plan_.stage1 + plan_.stage2 + plan_.stage3;
-      if (list.size() == 2 && number == 2) steps = plan_.stage1 + plan_.stage2;
       const bool in_bits = st == mohawk_stage::distillation;
-      curves_[name + ", " + to_string(st)] =
-          stages_.run({name + ", " + to_string(st), name + "-" + std::to_string(number),
-                       in_bits ? "bits per byte" : "distance",
-                       in_bits ? 1 / std::numbers::ln2 : 1.0, settings_.steps(steps),
-                       number == 1   ? plan_.stage1_rate
-                       : number == 2 ? plan_.stage2_rate
-                                     : plan_.stage3_rate,
-                       mohawk_trained(st, teacher_, student),
-                       [&](const ssm::pass<float>& p, const ssm::token_batch& b) {
-                         return ssm::mohawk_loss(st, teacher_, student, p, b.inputs);
-                       }},
-                      student);
-      if (first_run && number == 1) take_pictures(name, student, /*before=*/false);
+      const index_t steps = steps_of(st, list);
+      found_.curves[name + ", " + to_string(st)] = stages_.run(
+          {name + ", " + to_string(st), name + "-" + std::to_string(static_cast<int>(st)),
+           in_bits ? "bits per byte" : "distance", in_bits ? 1 / std::numbers::ln2 : 1.0, steps,
+           rate_of(st), mohawk_trained(st, teacher_, student),
+           [&](const ssm::pass<float>& p, const ssm::token_batch& b) {
+             return ssm::mohawk_loss(st, teacher_, student, p, b.inputs);
+           },
+           first_step},
+          student);
+      first_step += steps;
+      if (st == mohawk_stage::matrix_orientation) take_pictures(name, student, /*before=*/false);
     }
     students_[name] = student;
+  }
+
+  // The first stage of a shorter list takes over the steps of those that are left out.
+  [[nodiscard]] index_t steps_of(mohawk_stage st, const std::vector<mohawk_stage>& list) const {
+    const std::array<index_t, 3> steps = {settings_.steps(plan_.stage1),
+                                          settings_.steps(plan_.stage2),
+                                          settings_.steps(plan_.stage3)};
+    const auto end = static_cast<std::size_t>(st);
+    const std::size_t begin = st == list.front() ? 0 : end - 1;
+    return std::accumulate(steps.begin() + begin, steps.begin() + end, index_t{0});
+  }
+
+  [[nodiscard]] double rate_of(mohawk_stage st) const {
+    return st == mohawk_stage::matrix_orientation       ? plan_.stage1_rate
+           : st == mohawk_stage::hidden_state_alignment ? plan_.stage2_rate
+                                                        : settings_.stage3_rate;
   }
 
   // The draft is distilled from the teacher's predictions too, but has layers of its own.
   void train_draft() {
     draft_ = model(config_of(settings_, settings_.draft), settings_.seed + 2);
-    curves_["draft"] = stages_.run({"draft, distillation",
-                                    "draft",
-                                    "bits per byte",
-                                    1 / std::numbers::ln2,
-                                    settings_.steps(plan_.draft),
-                                    plan_.teacher_rate,
-                                    {"*"},
-                                    [this](const ssm::pass<float>& p, const ssm::token_batch& b) {
-                                      const auto kl = ssm::lm_kl_divergence(
-                                          p, draft_.hidden(p, b.inputs), draft_.head(),
-                                          teacher_.hidden({ctx_, nullptr, false}, b.inputs),
-                                          teacher_.head(), {}, {.divide_by = 1.0});
-                                      return ssm::loss_sum<float>{kl.loss, kl.tokens};
-                                    }},
-                                   draft_);
+    found_.curves["draft"] = stages_.run(
+        {"draft, distillation",
+         "draft",
+         "bits per byte",
+         1 / std::numbers::ln2,
+         settings_.steps(plan_.draft),
+         plan_.teacher_rate,
+         {"*"},
+         [this](const ssm::pass<float>& p, const ssm::token_batch& b) {
+           const auto kl = ssm::lm_kl_divergence(p, draft_.hidden(p, b.inputs), draft_.head(),
+                                                 teacher_.hidden({ctx_, nullptr, false}, b.inputs),
+                                                 teacher_.head(), {}, {.divide_by = 1.0});
+           return ssm::loss_sum<float>{kl.loss, kl.tokens};
+         }},
+        draft_);
   }
 
   void take_pictures(const std::string& name, const model& student, bool before) {
     const index_t n = std::min<index_t>(96, static_cast<index_t>(text_.held_out.size()));
     const std::span<const std::uint8_t> snippet(text_.held_out.data(), static_cast<std::size_t>(n));
     const auto side = static_cast<std::size_t>(n);
-    auto& all = pictures_[name];
+    auto& all = found_.pictures[name];
     const auto layers = ssm::replaced_layers(teacher_, student);
     const std::vector<index_t> shown = {layers.front(), layers.back()};
     for (const index_t layer : shown) {
@@ -217,13 +227,17 @@ class run {
     return {text_.held_out.begin(), text_.held_out.begin() + static_cast<std::ptrdiff_t>(n)};
   }
 
+  static void stop_between_tokens(index_t, std::int32_t) { demo::stop_if_requested(); }
+
   void generate() {
     const ssm::generate_options options{
         .max_new_tokens = new_tokens_,
-        .sampling = {.temperature = 0.7, .top_p = 0.95, .seed = settings_.seed}};
+        .sampling = {.temperature = 0.7, .top_p = 0.95, .seed = settings_.seed},
+        .on_token = stop_between_tokens};
     const auto continue_with = [&](const char* name, const model& m) {
-      samples_.push_back({name, demo::text_of(prompt()) +
-                                    demo::text_of(ssm::generate(m, {prompt()}, options, ctx_)[0])});
+      found_.samples.push_back(
+          {name, demo::text_of(prompt()) +
+                     demo::text_of(ssm::generate(m, {prompt()}, options, ctx_)[0])});
     };
     continue_with("teacher", teacher_);
     continue_with("student", students_.at("student"));
@@ -232,7 +246,8 @@ class run {
 
   void speculate() {
     using clock = std::chrono::steady_clock;
-    const ssm::generate_options greedy{.max_new_tokens = new_tokens_};
+    const ssm::generate_options greedy{.max_new_tokens = new_tokens_,
+                                       .on_token = stop_between_tokens};
     const ssm::token_rows prompts = {prompt()};
     std::vector<double> plain_seconds, speculative_seconds;
     ssm::token_rows plain;
@@ -255,109 +270,8 @@ class run {
     results_["plain_tokens_per_second"] = static_cast<double>(new_tokens_) / plain_seconds[1];
     results_["speculative_tokens_per_second"] =
         static_cast<double>(new_tokens_) / speculative_seconds[1];
-    samples_.push_back({"teacher, greedy, decoded speculatively",
-                        demo::text_of(prompts[0]) + demo::text_of(speculative.tokens[0])});
-  }
-
-  [[nodiscard]] static std::vector<std::pair<std::string, std::string>> rows() {
-    return {{"n-gram, Witten-Bell, orders 0 to 5", "ngram_bpb"},
-            {"teacher", "teacher_bpb"},
-            {"pure student, stages 1-3", "student_bpb"},
-            {"pure student, stages 2-3", "student_bpb_stages_2_3"},
-            {"pure student, stage 3 alone", "student_bpb_stage3_only"},
-            {"hybrid student, stages 1-3", "hybrid_bpb"},
-            {"hybrid student, stage 3 alone", "hybrid_bpb_stage3_only"},
-            {"draft, one layer", "draft_bpb"}};
-  }
-
-  [[nodiscard]] std::string page() const {
-    const auto number = [](double x, int digits) {
-      std::ostringstream out;
-      out << std::fixed << std::setprecision(digits) << x;
-      return out.str();
-    };
-    const std::time_t now = std::time(nullptr);
-    char date[32];
-    std::strftime(date, sizeof date, "%Y-%m-%d", std::localtime(&now));
-    demo::report r("MOHAWK distillation of a small Transformer",
-                   "ssmlib on the CPU, " + std::to_string(ctx_.threads()) + " threads, " + date);
-    r.heading("Results");
-    r.paragraph("Every model was scored on the same " + std::to_string(text_.held_out.size()) +
-                " bytes of text that none was trained on; the n-gram and the teacher were trained "
-                "on the same " +
-                std::to_string(text_.train.size()) + " bytes. " +
-                std::to_string(text_.removed.size()) + " near copies of files were left out.");
-    const double teacher = results_.at("teacher_bpb").get<double>();
-    std::vector<std::vector<std::string>> cells;
-    for (const auto& [label, key] : rows()) {
-      const double b = results_.at(key).get<double>();
-      cells.push_back({label, number(b, 3), number(b - teacher, 3)});
-    }
-    r.table({"model", "bits per byte", "against the teacher"}, cells);
-    r.heading("What the stages bought");
-    const auto gain = [&](const char* with, const char* without) {
-      return number(results_.at(without).get<double>() - results_.at(with).get<double>(), 3);
-    };
-    r.table(
-        {"with the same bytes of training", "bits per byte saved"},
-        {{"pure student: stage 1, over stages 2-3", gain("student_bpb", "student_bpb_stages_2_3")},
-         {"pure student: stage 2, over stage 3 alone",
-          gain("student_bpb_stages_2_3", "student_bpb_stage3_only")},
-         {"pure student: stages 1 and 2, over stage 3 alone",
-          gain("student_bpb", "student_bpb_stage3_only")},
-         {"hybrid student: stages 1 and 2, over stage 3 alone",
-          gain("hybrid_bpb", "hybrid_bpb_stage3_only")}});
-    r.heading("Speculative decoding of the teacher");
-    r.table({"quantity", "value"},
-            {{"tokens a step", number(results_.at("tokens_per_step").get<double>(), 2)},
-             {"acceptance of draft tokens", number(results_.at("acceptance").get<double>(), 3)},
-             {"plain, tokens per second",
-              number(results_.at("plain_tokens_per_second").get<double>(), 0)},
-             {"speculative, tokens per second",
-              number(results_.at("speculative_tokens_per_second").get<double>(), 0)},
-             {"speed-up", number(results_.at("speculative_speedup").get<double>(), 2)},
-             {"greedy text equals plain greedy text",
-              results_.at("greedy_speculative_equals_plain").get<bool>() ? "yes" : "no"}});
-    r.heading("Training");
-    chart(r, "Teacher, next-byte prediction", "bits per byte", {"teacher"});
-    chart(r, "Draft, distillation", "KL divergence, bits per byte", {"draft"});
-    for (const auto stage : {mohawk_stage::matrix_orientation, mohawk_stage::hidden_state_alignment,
-                             mohawk_stage::distillation}) {
-      std::vector<std::string> names;
-      for (const auto& [name, m] : students_) {
-        if (curves_.contains(name + ", " + to_string(stage))) {
-          names.push_back(name + ", " + to_string(stage));
-        }
-      }
-      const std::string title = to_string(stage);
-      chart(r, title, stage == mohawk_stage::distillation ? "KL divergence, bits per byte" : "loss",
-            names);
-    }
-    r.heading("Matrices of the mixers");
-    r.paragraph(
-        "Entry (t, s) of the T x T matrix by which each mixer multiplies its values, for "
-        "the first bytes of the held-out text. Students see the teacher's own inputs.");
-    for (const auto& [name, p] : pictures_) {
-      std::vector<std::vector<demo::matrix_picture>> rows;
-      for (std::size_t i = 0; i < p.teacher.size(); ++i) {
-        rows.push_back({p.teacher[i], p.before[i], p.after[i]});
-      }
-      r.gallery(name, {"teacher", "before stage 1", "after stage 1"}, rows);
-    }
-    r.heading("Text");
-    for (const auto& [name, text] : samples_)
-      r.code(name, text);
-    return r.html();
-  }
-
-  void chart(demo::report& r, const std::string& title, const std::string& y,
-             const std::vector<std::string>& names) const {
-    std::vector<demo::series> lines;
-    for (const std::string& name : names) {
-      const curve& c = curves_.at(name);
-      lines.push_back({name, c.bytes, c.loss});
-    }
-    r.chart(title, "bytes", y, lines);
+    found_.samples.push_back({"teacher, greedy, decoded speculatively",
+                              demo::text_of(prompts[0]) + demo::text_of(speculative.tokens[0])});
   }
 
   const settings& settings_;
@@ -368,10 +282,8 @@ class run {
   demo::stage_runner stages_;
   model teacher_, draft_;
   std::map<std::string, model> students_;
-  std::map<std::string, curve> curves_;
-  std::map<std::string, pictures> pictures_;
-  std::vector<std::pair<std::string, std::string>> samples_;
-  nlohmann::json results_;
+  demo::findings found_;
+  nlohmann::json& results_ = found_.results;
 };
 
 void check_settings(const settings& s) {
@@ -411,9 +323,12 @@ std::string fingerprint(const settings& s, const demo::corpus& text) {
                       {"sequence_length", s.sequence_length},
                       {"tokens_per_step", s.tokens_per_step},
                       {"budget", s.budget},
+                      {"stage3_rate", s.stage3_rate},
                       {"seed", s.seed},
                       {"train_bytes", text.train.size()},
-                      {"held_out_bytes", text.held_out.size()}};
+                      {"train_checksum", demo::checksum(text.train)},
+                      {"held_out_bytes", text.held_out.size()},
+                      {"held_out_checksum", demo::checksum(text.held_out)}};
   return j.dump(2) + "\n";
 }
 
@@ -426,8 +341,6 @@ int demo::distill(const settings& s, index_t held_out_bytes, index_t new_tokens)
   std::filesystem::create_directories(s.out / "stages");
   std::vector<std::filesystem::path> files(s.text.begin(), s.text.end());
   demo::corpus text = demo::load_corpus(files, {.max_bytes = s.max_bytes});
-  std::cerr << "text: " << text.train.size() << " bytes to train on, " << text.held_out.size()
-            << " held out by file, " << text.removed.size() << " near copies removed\n";
   const auto record = s.out / "stages" / "settings.json";
   const std::string mine = fingerprint(s, text);
   if (s.resume && std::filesystem::exists(record)) {
@@ -444,6 +357,8 @@ int demo::distill(const settings& s, index_t held_out_bytes, index_t new_tokens)
     }
     ssm::write_atomically(record, mine);
   }
+  std::cerr << "text: " << text.train.size() << " bytes to train on, " << text.held_out.size()
+            << " held out by file, " << text.removed.size() << " near copies removed\n";
   const plan p;
   run r(s, p, held_out_bytes, new_tokens, std::move(text));
   r.train_all();
@@ -451,7 +366,7 @@ int demo::distill(const settings& s, index_t held_out_bytes, index_t new_tokens)
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   r.write(seconds);
-  std::cout << r.table() << "written to " << (s.out / "report.html").string() << " after "
-            << static_cast<int>(seconds) << " s\n";
-  return 0;
+  std::cout << demo::result_table(r.results()) << "written to " << (s.out / "report.html").string()
+            << " after " << static_cast<int>(r.results().at("seconds").get<double>()) << " s\n";
+  return demo::verdict(r.results(), std::cerr);
 }

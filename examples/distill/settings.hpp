@@ -24,7 +24,8 @@ struct settings {
   ssm::index_t heads = 4;
   ssm::index_t sequence_length = 256;
   ssm::index_t tokens_per_step = 4096;
-  double budget = 1.0;  ///< multiplies the steps of every stage
+  double budget = 1.0;        ///< multiplies the steps of every stage
+  double stage3_rate = 2e-3;  ///< learning rate, in every variant
   std::uint64_t seed = 1;
   int threads = 0;  ///< 0: all
 

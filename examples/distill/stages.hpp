@@ -1,6 +1,6 @@
 #pragma once
 
-#include "chart.hpp"
+#include "curve.hpp"
 #include "evaluate.hpp"
 #include "interrupt.hpp"
 #include "progress.hpp"
@@ -14,33 +14,11 @@
 #include <fstream>
 #include <functional>
 #include <iostream>
-#include <sstream>
+#include <map>
 #include <string>
 #include <vector>
 
 namespace demo {
-
-/// A curve that is saved in a checkpoint's notes.
-struct curve {
-  std::vector<double> bytes, loss;
-
-  [[nodiscard]] std::string text() const {
-    std::ostringstream out;
-    out.precision(9);
-    for (std::size_t i = 0; i < bytes.size(); ++i)
-      out << bytes[i] << ' ' << loss[i] << '\n';
-    return out.str();
-  }
-  static curve from_text(const std::string& text) {
-    curve c;
-    std::istringstream in(text);
-    for (double b, l; in >> b >> l;) {
-      c.bytes.push_back(b);
-      c.loss.push_back(l);
-    }
-    return c;
-  }
-};
 
 /// One thing to train: a model, which of its parameters, with which loss.
 struct stage {
@@ -52,6 +30,7 @@ struct stage {
   double learning_rate;
   std::vector<std::string> trained;  ///< patterns of parameter names
   std::function<ssm::loss_sum<float>(const ssm::pass<float>&, const ssm::token_batch&)> loss;
+  ssm::index_t first_step = 0;  ///< steps of text that earlier stages have read
 };
 
 /// Runs stages one after another, each from a checkpoint if there is one. Files in `folder`:
@@ -62,12 +41,17 @@ class stage_runner {
                const std::vector<std::uint8_t>& text, const ssm::cpu::context& ctx)
       : settings_(s), folder_(std::move(folder)), text_(text), ctx_(ctx) {}
 
+  /// Seconds that stages took in earlier starts of a run that was resumed.
+  [[nodiscard]] double earlier_seconds() const { return earlier_seconds_; }
+
   /// Trains `m` in place. @throws interrupted  Ctrl-C; what was done is saved.
-  curve run(const stage& st, const model& m) const {
+  curve run(const stage& st, const model& m) {
+    const auto start = clock::now();
     const auto done = folder_ / (st.file + ".done"), partial = folder_ / (st.file + ".checkpoint");
     const auto parameters = m.parameters();
     if (settings_.resume && std::filesystem::exists(done)) {
       const auto notes = ssm::load_parameters(done, parameters);
+      earlier_seconds_ += std::stod(notes.at("seconds"));
       return curve::from_text(notes.at("curve"));
     }
     const auto selection = ssm::select_parameters(parameters, ssm::any_of_patterns{st.trained});
@@ -78,20 +62,28 @@ class stage_runner {
     const ssm::token_spans source{std::span<const std::uint8_t>(text_)};
     ssm::data_loader loader(source,
                             {.sequence_length = settings_.sequence_length, .seed = settings_.seed});
+    for (ssm::index_t i = 0; i < st.first_step; ++i)
+      (void)loader.next(settings_.tokens_per_step / settings_.sequence_length);
     curve c;
+    double before = 0;  // seconds that this stage took in earlier starts
     if (settings_.resume && std::filesystem::exists(partial)) {
       const ssm::run_state state = ssm::load_checkpoint(partial, parameters, optimizer);
       loader.restore(state.loader);
       c = curve::from_text(state.notes.at("curve"));
+      before = std::stod(state.notes.at("seconds"));
+      earlier_seconds_ += before;
       std::cerr << "goes on after step " << optimizer.steps() << "\n";
     }
+    const auto notes = [&]() -> std::map<std::string, std::string> {
+      const double seconds = std::chrono::duration<double>(clock::now() - start).count();
+      return {{"curve", c.text()}, {"seconds", std::to_string(before + seconds)}};
+    };
     const auto save = [&] {
-      ssm::save_checkpoint(partial, parameters, optimizer,
-                           {loader.state(), {}, {{"curve", c.text()}}});
+      ssm::save_checkpoint(partial, parameters, optimizer, {loader.state(), {}, notes()});
     };
     progress bar(st.name, st.steps * settings_.tokens_per_step,
                  {.unit = "bytes", .first = optimizer.steps() * settings_.tokens_per_step});
-    auto saved = std::chrono::steady_clock::now();
+    auto saved = clock::now();
     const ssm::index_t warmup = std::max<ssm::index_t>(1, st.steps / 10);
     ssm::train(optimizer, loader, st.loss,
                {.steps = st.steps,
@@ -107,7 +99,7 @@ class stage_runner {
                       c.bytes.push_back(static_cast<double>(bytes));
                       c.loss.push_back(loss);
                       bar.update(bytes, loss);
-                      const auto now = std::chrono::steady_clock::now();
+                      const auto now = clock::now();
                       if (now - saved > std::chrono::seconds(20)) {
                         save();
                         saved = now;
@@ -120,16 +112,19 @@ class stage_runner {
       save();
       throw interrupted{};
     }
-    ssm::save_parameters(done, parameters, {{"curve", c.text()}});
+    ssm::save_parameters(done, parameters, notes());
     std::filesystem::remove(partial);
     return c;
   }
 
  private:
+  using clock = std::chrono::steady_clock;
+
   const settings& settings_;
   std::filesystem::path folder_;
   const std::vector<std::uint8_t>& text_;
   const ssm::cpu::context& ctx_;
+  double earlier_seconds_ = 0;
 };
 
 }  // namespace demo
