@@ -5,8 +5,8 @@
 #include <sstream>
 #include <vector>
 
-// verify() must fail what is wrong: a mixer of a user, a leaky sum h_t = exp(log_a_t) h_{t-1} + x_t
-// with its chunks and its gradient, right or with one flaw.
+// verify() must fail what is wrong: a mixer of a user, a leaky sum h_t = exp(log_a_t) h_{t-1} +
+// gain x_t with its chunks and its gradient, right or with one flaw.
 
 namespace leaky {
 
@@ -14,7 +14,14 @@ using ssm::index_t;
 using ssm::operand;
 using ssm::tensor;
 
-enum class flaw { none, vjp_off_by_a_percent, chunks_drop_the_state, initial_state_ignored };
+enum class flaw {
+  none,
+  vjp_off_by_a_percent,
+  chunks_drop_the_state,
+  initial_state_ignored,
+  packed_gradient_crosses_boundaries,
+  packed_parameter_sees_one_sequence
+};
 
 template <class T, flaw Flaw>
 struct leaky_sum {
@@ -24,6 +31,7 @@ struct leaky_sum {
   using algorithms = ssm::alg_list<ssm::alg::chunked, ssm::alg::recurrent>;
 
   tensor<T, 3> log_a;  // (b, T, H)
+  tensor<T, 1> gain;   // (H)
   ssm::sequence_layout layout{};
 
   [[nodiscard]] index_t batch() const { return log_a.extent(0); }
@@ -34,6 +42,7 @@ struct leaky_sum {
   template <class Self, class F>
   static void operands(Self& self, F&& f) {
     f("log_a", self.log_a, operand::per_token);
+    f("gain", self.gain, operand::parameter);
   }
   [[nodiscard]] tensor<double, 4> dense() const {
     const auto sequences = ssm::layout_of(*this);
@@ -46,7 +55,7 @@ struct leaky_sum {
           double sum = 0;
           for (index_t t = s; t < sequences.end(i); ++t) {
             if (t > s) sum += static_cast<double>(log_a(t / length(), t % length(), h));
-            m(block, h, t - base, s - base) = std::exp(sum);
+            m(block, h, t - base, s - base) = std::exp(sum) * static_cast<double>(gain(h));
           }
         }
       }
@@ -82,7 +91,7 @@ void run(const leaky_sum<T, Flaw>& m, index_t chunk, const tensor<T, 4>& x, cons
       }
       const bool dropped = Flaw == flaw::chunks_drop_the_state && chunk > 1 && t > begin;
       if (dropped && (t - begin) % chunk == 0) state = T(0);
-      state = std::exp(m.log_a(t / n, t % n, h)) * state + x(t / n, t % n, h, p);
+      state = std::exp(m.log_a(t / n, t % n, h)) * state + m.gain(h) * x(t / n, t % n, h, p);
       y(t / n, t % n, h, p) = state;
     }
     if (c.final) c.final(i, h, 0, p) = state;
@@ -115,11 +124,15 @@ requires(!std::same_as<Alg, ssm::alg::quadratic>) void apply_mixer_vjp(
     for (index_t t = end - 1; t >= begin; --t) {
       g += dy(t / n, t % n, h, p);
       const T decay = std::exp(m.log_a(t / n, t % n, h));
-      const T before = t > begin   ? states((t - 1) / n, (t - 1) % n, h, p)
-                       : c.initial ? c.initial(i, h, 0, p)
-                                   : T(0);
+      const bool crosses =
+          Flaw == flaw::packed_gradient_crosses_boundaries && m.layout && t == begin && t > 0;
+      const T before = t > begin || crosses ? states((t - 1) / n, (t - 1) % n, h, p)
+                       : c.initial          ? c.initial(i, h, 0, p)
+                                            : T(0);
       const T factor = Flaw == flaw::vjp_off_by_a_percent ? T(1.01) : T(1);
-      if (dx) dx(t / n, t % n, h, p) += g;
+      if (dx) dx(t / n, t % n, h, p) += m.gain(h) * g;
+      const bool seen = Flaw != flaw::packed_parameter_sees_one_sequence || !m.layout || i == 0;
+      if (dm.gain && seen) dm.gain(h) += x(t / n, t % n, h, p) * g;
       if (dm.log_a) dm.log_a(t / n, t % n, h) += factor * decay * before * g;
       g *= decay;
     }
@@ -132,7 +145,9 @@ ssm::verify_report report() {
   return ssm::verify(
       [](index_t batch, index_t length, ssm::philox& random) {
         const std::uint64_t seed = random.bits();
-        return leaky_sum<T, Flaw>{ssm::uniform<T, 3>({batch, length, 2}, -0.5, 0, seed), {}} *
+        return leaky_sum<T, Flaw>{ssm::uniform<T, 3>({batch, length, 2}, -0.5, 0, seed),
+                                  ssm::uniform<T, 1>({2}, 0.5, 1, seed + 2),
+                                  {}} *
                ssm::uniform<T, 4>({batch, length, 2, 3}, -1, 1, seed + 1);
       },
       {.lengths = {1, 2, 17, 65}});
@@ -182,6 +197,22 @@ TEMPLATE_TEST_CASE("properties/verify: a chunked form that ignores the initial s
   INFO(table(r));
   CHECK_FALSE(r.passed());
   CHECK(fails_only(r, {"pieces from a state equal one pass"}));
+}
+
+TEMPLATE_TEST_CASE("properties/verify: a packed gradient that crosses a boundary fails",
+                   "[properties][verify]", float, double) {
+  const auto r = report<TestType, flaw::packed_gradient_crosses_boundaries>();
+  INFO(table(r));
+  CHECK_FALSE(r.passed());
+  CHECK(fails_only(r, {"packed vjp equals separate, to the bit"}));
+}
+
+TEMPLATE_TEST_CASE("properties/verify: a packed parameter's gradient of one sequence only fails",
+                   "[properties][verify]", float, double) {
+  const auto r = report<TestType, flaw::packed_parameter_sees_one_sequence>();
+  INFO(table(r));
+  CHECK_FALSE(r.passed());
+  CHECK(fails_only(r, {"packed vjp equals the sum of separate"}));
 }
 
 }  // namespace leaky

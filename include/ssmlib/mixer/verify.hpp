@@ -1,16 +1,15 @@
 #pragma once
 
 #include <ssmlib/lower/state.hpp>
+#include <ssmlib/mixer/verify_packed.hpp>
+#include <ssmlib/mixer/verify_report.hpp>
 #include <ssmlib/tensor/random.hpp>
 
 #include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
-#include <iomanip>
 #include <limits>
-#include <ostream>
-#include <sstream>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -18,52 +17,6 @@
 #include <vector>
 
 namespace ssm {
-
-struct verify_options {
-  /// Sequence lengths; the default has both sides of the usual chunk and step sizes.
-  std::vector<index_t> lengths = {1, 2, 15, 17, 63, 64, 65, 130};
-  index_t batch = 2;
-  std::uint64_t seed = 1;
-  /// Largest relative error (norm of the difference over norm) of results and of gradients.
-  /// 0: 1e-10 and 1e-5 in double, 2e-5 and 2e-3 in float.
-  double result_bound = 0, gradient_bound = 0;
-};
-
-/// One line of a report.
-struct verify_check {
-  std::string claim;      ///< "forward equals dense()", ...
-  std::string algorithm;  ///< or the operand, for gradients: "chunked, d log_a"
-  index_t length = 0;
-  double error = 0, bound = 0;
-
-  [[nodiscard]] bool passed() const { return error <= bound; }  // NaN fails
-};
-
-/// What verify() found. Prints as a table.
-struct verify_report {
-  std::vector<verify_check> checks;
-
-  [[nodiscard]] bool passed() const {
-    return !checks.empty() &&
-           std::ranges::all_of(checks, [](const verify_check& c) { return c.passed(); });
-  }
-  [[nodiscard]] index_t failures() const {
-    return std::ranges::count_if(checks, [](const verify_check& c) { return !c.passed(); });
-  }
-  friend std::ostream& operator<<(std::ostream& out, const verify_report& report) {
-    std::ostringstream text;  // keeps the stream's own format
-    text << std::left << std::setw(44) << "claim" << std::setw(28) << "algorithm" << std::right
-         << std::setw(7) << "length" << std::setw(11) << "error" << std::setw(11) << "bound\n";
-    text << std::scientific << std::setprecision(1);
-    for (const verify_check& c : report.checks) {
-      text << std::left << std::setw(44) << c.claim << std::setw(28) << c.algorithm << std::right
-           << std::setw(7) << c.length << std::setw(11) << c.error << std::setw(10) << c.bound
-           << (c.passed() ? "  ok\n" : "  FAILED\n");
-    }
-    text << report.checks.size() << " checks, " << report.failures() << " failed\n";
-    return out << text.str();
-  }
-};
 
 namespace detail {
 
@@ -281,7 +234,8 @@ class verifier {
     return std::abs(inner - difference) / std::max(scale, 1e-30);
   }
 
-  // One packed batch of uneven sequences against each sequence alone, to the bit.
+  // One packed batch of uneven sequences against each sequence alone: the rows of results and of
+  // gradients to the bit, gradients of parameters against the sum of the sequences'.
   template <class P>
   void check_packed(const P& e, const tensor<T, 4>& dy, index_t length) {
     const index_t tokens = e.x.extent(0) * e.x.extent(1);
@@ -292,7 +246,8 @@ class verifier {
     const tensor<T, 4> dy_packed = as_packed(dy);
     auto gradients = zeros_like(whole);
     vjp_into(whole, dy_packed, gradients, carry_gradient<T>{});
-    bool same = true, same_gradient = true;
+    std::vector<packed_operand> operands = operands_of(gradients, 0, tokens);
+    bool same = true;
     index_t begin = 0;
     for (const index_t n : lengths) {
       if (n == 0) continue;
@@ -300,13 +255,23 @@ class verifier {
       same = same && equal_elements(eval4(alone), y.slice(1, begin, begin + n));
       auto own = zeros_like(alone);
       vjp_into(alone, dy_packed.slice(1, begin, begin + n), own, carry_gradient<T>{});
-      same_gradient =
-          same_gradient && equal_elements(own.x, gradients.x.slice(1, begin, begin + n));
+      const auto packed_part = operands_of(gradients, begin, begin + n);
+      const auto separate = operands_of(own, 0, n);
+      for (std::size_t k = 0; k < operands.size(); ++k)
+        operands[k].compare(packed_part[k].values, separate[k].values);
       begin += n;
     }
-    add("packed equals separate, to the bit", e.algorithm.name, length, same ? 0 : 1, 0);
-    add("packed vjp equals separate, to the bit", e.algorithm.name, length, same_gradient ? 0 : 1,
-        0);
+    const std::string algorithm(e.algorithm.name);
+    add("packed equals separate, to the bit", algorithm, length, same ? 0 : 1, 0);
+    for (const packed_operand& o : operands) {
+      if (o.per_token) {
+        add("packed vjp equals separate, to the bit", algorithm + ", d " + o.name, length,
+            o.same ? 0 : 1, 0);
+      } else {
+        add("packed vjp equals the sum of separate", algorithm + ", d " + o.name, length,
+            o.error_of_sum(), result_bound_);
+      }
+    }
   }
   template <class P>
   static auto packed_tokens(const P& e, const sequence_layout& layout) {

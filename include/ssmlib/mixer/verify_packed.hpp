@@ -1,0 +1,61 @@
+#pragma once
+
+#include <ssmlib/expr/concepts.hpp>
+
+#include <cmath>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace ssm::detail {
+
+/// The gradient of one operand of a packed batch, as it is compared with that of its sequences.
+struct packed_operand {
+  std::string name;
+  bool per_token;
+  std::vector<double> values, sum = {};  // sum: over the sequences, for a parameter
+  double scale = 0;                      // the sequences' norms, whatever cancels in the sum
+  bool same = true;
+
+  void compare(const std::vector<double>& packed, const std::vector<double>& separate) {
+    same = same && packed == separate;
+    if (per_token) return;
+    sum.resize(separate.size(), 0.0);
+    double square = 0;
+    for (std::size_t i = 0; i < separate.size(); ++i) {
+      sum[i] += separate[i];
+      square += separate[i] * separate[i];
+    }
+    scale += std::sqrt(square);
+  }
+  [[nodiscard]] double error_of_sum() const {
+    double square = 0;
+    for (std::size_t i = 0; i < sum.size(); ++i)
+      square += (values[i] - sum[i]) * (values[i] - sum[i]);
+    return std::sqrt(square) / (scale > 0 ? scale : 1.0);
+  }
+};
+
+/// The elements of every operand, of the tokens [begin, end) where it has a time axis.
+template <class P>
+[[nodiscard]] std::vector<packed_operand> operands_of(P& e, index_t begin, index_t end) {
+  std::vector<packed_operand> all;
+  P::operands(e, [&](std::string_view name, auto& t, operand kind) {
+    auto part = t;
+    bool per_token = false;
+    if constexpr (std::remove_cvref_t<decltype(t)>::rank >= 2) {
+      per_token = kind == operand::per_token;
+      if (per_token && t) part = t.slice(1, begin, end);
+    }
+    packed_operand o{std::string(name), per_token, {}};
+    part = part.contiguous();
+    for (index_t i = 0; i < part.size(); ++i)
+      o.values.push_back(static_cast<double>(part.data()[i]));
+    all.push_back(std::move(o));
+  });
+  return all;
+}
+
+}  // namespace ssm::detail
