@@ -11,6 +11,8 @@ set(ssmlib_families
     layout=ssmlib/tensor/layout_impl.hpp
     concepts=ssmlib/expr/concepts_impl.hpp
     state_positions=ssmlib/lower/state_positions_impl.hpp
+    options=ssmlib/mixer/options_impl.hpp
+    config=ssmlib/model/config_impl.hpp
     gemm=ssmlib/kernels/cpu/gemm.hpp
     gemm=ssmlib/kernels/cpu/skinny.hpp
     attention=ssmlib/kernels/cpu/attention.hpp
@@ -56,9 +58,12 @@ set(ssmlib_families
     training=ssmlib/train/cross_entropy.hpp
     training=ssmlib/train/distillation_loss.hpp
     training=ssmlib/train/gradient.hpp
+    model_losses=ssmlib/train/model_losses_impl.hpp
     distillation=ssmlib/distill/hidden_state_alignment.hpp
     distillation=ssmlib/distill/matrix_orientation.hpp
     distillation=ssmlib/distill/mohawk.hpp
+    mohawk=ssmlib/distill/mohawk_impl.hpp
+    weight_transfer=ssmlib/distill/weight_transfer_impl.hpp
     decoding=ssmlib/decode/generate.hpp
     decoding=ssmlib/decode/speculate.hpp
     checkpoints=ssmlib/io/checkpoint.hpp

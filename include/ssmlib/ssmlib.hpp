@@ -22,5 +22,6 @@
 #include <ssmlib/mixer/verify.hpp>
 #include <ssmlib/model/language_model.hpp>
 #include <ssmlib/train/losses.hpp>
+#include <ssmlib/train/model_losses.hpp>
 #include <ssmlib/train/next_token.hpp>
 #include <ssmlib/train/trainer.hpp>

@@ -6,11 +6,10 @@
 #include <ssmlib/distill/weight_transfer.hpp>
 #include <ssmlib/model/language_model.hpp>
 #include <ssmlib/train/data.hpp>
-#include <ssmlib/train/losses.hpp>
+#include <ssmlib/train/model_losses.hpp>
 #include <ssmlib/train/selection.hpp>
 #include <ssmlib/train/trainer.hpp>
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -23,48 +22,51 @@ namespace ssm {
 /// @source Bick et al. 2024, arXiv:2408.10189.
 enum class mohawk_stage { matrix_orientation = 1, hidden_state_alignment = 2, distillation = 3 };
 
-[[nodiscard]] inline std::string to_string(mohawk_stage stage) {
-  switch (stage) {
-    case mohawk_stage::matrix_orientation:
-      return "stage 1, matrix orientation";
-    case mohawk_stage::hidden_state_alignment:
-      return "stage 2, hidden-state alignment";
-    default:
-      return "stage 3, distillation";
-  }
-}
+[[nodiscard]] std::string to_string(mohawk_stage stage);
 
-/// The layers where the student's mixer is of another kind than the teacher's.
+namespace detail {
+[[noreturn]] void throw_unlike_layers(const std::string& teacher, const std::string& student);
+[[noreturn]] void throw_nothing_replaced(const std::string& teacher, const std::string& student);
+}  // namespace detail
+
+/// The layers where the student's mixer is another function than the teacher's: of another type, or
+/// of the same with other options (a window, other heads), see any_block::has_same_mixer.
 /// @throws shape_error  patterns of different lengths, or a mixer against an MLP.
 template <Real T>
 [[nodiscard]] std::vector<index_t> replaced_layers(const language_model<T>& teacher,
                                                    const language_model<T>& student) {
-  const std::string &a = teacher.config().pattern, &b = student.config().pattern;
   std::vector<index_t> layers;
-  bool fits = a.size() == b.size();
+  bool fits = teacher.layers() == student.layers();
   for (index_t i = 0; fits && i < teacher.layers(); ++i) {
-    fits = teacher.block(i).has_mixer() == student.block(i).has_mixer();
-    if (teacher.block(i).has_mixer() &&
-        a[static_cast<std::size_t>(i)] != b[static_cast<std::size_t>(i)]) {
-      layers.push_back(i);
-    }
+    const any_block<T>&a = teacher.block(i), &b = student.block(i);
+    fits = a.has_mixer() == b.has_mixer();
+    if (a.has_mixer() && !a.has_same_mixer(b)) layers.push_back(i);
   }
-  if (!fits) {
-    throw shape_error("ssm: mohawk: the teacher is \"" + a + "\", the student \"" + b +
-                      "\"; wanted as many layers, and a mixer where the teacher has one");
-  }
+  if (!fits) detail::throw_unlike_layers(teacher.config().pattern, student.config().pattern);
   return layers;
 }
 
+namespace detail {
+/// @throws value_error  no layer is replaced: stages 1 and 2 have nothing to do.
+template <Real T>
+[[nodiscard]] std::vector<index_t> layers_to_align(const language_model<T>& teacher,
+                                                   const language_model<T>& student) {
+  std::vector<index_t> layers = replaced_layers(teacher, student);
+  if (layers.empty()) throw_nothing_replaced(teacher.config().pattern, student.config().pattern);
+  return layers;
+}
+}  // namespace detail
+
 /// What trains in a stage, as patterns of parameter names: in stages 1 and 2 the replaced mixers,
 /// in stage 3 everything.
+/// @throws value_error  stages 1 and 2: no mixer is replaced.
 template <Real T>
 [[nodiscard]] std::vector<std::string> mohawk_trained(mohawk_stage stage,
                                                       const language_model<T>& teacher,
                                                       const language_model<T>& student) {
   if (stage == mohawk_stage::distillation) return {"*"};
   std::vector<std::string> patterns;
-  for (const index_t i : replaced_layers(teacher, student)) {
+  for (const index_t i : detail::layers_to_align(teacher, student)) {
     patterns.push_back("layers." + std::to_string(i) + ".mixer.*");
   }
   return patterns;
@@ -74,32 +76,28 @@ struct mohawk_options {
   double temperature = 1.0;  ///< of stage 3
 };
 
-/// The loss of one stage on a batch of token ids, for train().
+/// The loss of one stage on a batch, for train().
 ///
 /// Stages 1 and 2 feed every student layer the teacher's own input of that layer, so that layers
 /// learn independently; the loss is the mean over the replaced layers. Stage 1 counts sequences,
-/// stages 2 and 3 tokens.
-/// @param ids  (b, T)
+/// stage 2 tokens, stage 3 tokens that have a target (all, in a batch without targets).
+/// @throws shape_error  layers that cannot be compared. @throws value_error  no mixer is replaced.
 template <Real T>
 [[nodiscard]] loss_sum<T> mohawk_loss(mohawk_stage stage, const language_model<T>& teacher,
                                       const language_model<T>& student, const pass<T>& p,
-                                      const tensor<std::int32_t, 2>& ids,
+                                      const token_batch& batch,
                                       const mohawk_options& options = {}) {
-  const pass<T> silent{p.ctx, nullptr, false};
   if (stage == mohawk_stage::distillation) {
-    const token_loss<T> kl = lm_kl_divergence(
-        p, student.hidden(p, ids), student.head(), teacher.hidden(silent, ids), teacher.head(), {},
-        {.temperature = options.temperature, .divide_by = 1.0});
-    return {kl.loss, kl.tokens};
+    return distillation_loss(teacher, student, p, batch, {.temperature = options.temperature});
   }
-  const std::vector<index_t> layers = replaced_layers(teacher, student);
-  const sequence_layout layout = sequence_layout::rectangular(ids.extent(0), ids.extent(1));
+  const pass<T> silent{p.ctx, nullptr, false};
+  const std::vector<index_t> layers = detail::layers_to_align(teacher, student);
+  const sequence_layout layout = batch.sequences();
   const bool first = stage == mohawk_stage::matrix_orientation;
-  const index_t count = first ? ids.extent(0) : ids.size();
-  const T share = static_cast<T>(static_cast<double>(count) /
-                                 static_cast<double>(std::max<std::size_t>(layers.size(), 1)));
+  const index_t count = first ? layout.sequences() : layout.tokens();
+  const T share = static_cast<T>(static_cast<double>(count) / static_cast<double>(layers.size()));
   auto total = tensor<T, 1>::zeros(1);
-  tensor<T, 3> x = teacher.embed(silent, ids);
+  tensor<T, 3> x = teacher.embed(silent, batch.inputs);
   std::size_t next = 0;
   for (index_t i = 0; i < teacher.layers() && next < layers.size(); ++i) {
     if (i == layers[next]) {
@@ -116,6 +114,15 @@ template <Real T>
   return {total, count};
 }
 
+/// The same on token ids alone. @param ids  (b, T)
+template <Real T>
+[[nodiscard]] loss_sum<T> mohawk_loss(mohawk_stage stage, const language_model<T>& teacher,
+                                      const language_model<T>& student, const pass<T>& p,
+                                      const tensor<std::int32_t, 2>& ids,
+                                      const mohawk_options& options = {}) {
+  return mohawk_loss(stage, teacher, student, p, token_batch{ids, {}, {}}, options);
+}
+
 /// Trains the student through one stage.
 /// @param optimizer  over the parameters that the stage trains, see mohawk_trained()
 /// @return the steps taken
@@ -129,18 +136,22 @@ index_t train_mohawk_stage(mohawk_stage stage, const language_model<T>& teacher,
   return train<T>(
       optimizer, loader,
       [&](const pass<T>& p, const token_batch& batch) {
-        return mohawk_loss(stage, teacher, student, p, batch.inputs, options);
+        return mohawk_loss(stage, teacher, student, p, batch, options);
       },
       training, callbacks, ctx);
 }
 
-#define SSMLIB_DETAIL_LIST(T)                                                              \
-  SSMLIB_INSTANTIATE(distillation,                                                         \
-                     loss_sum<T> mohawk_loss<T>(                                           \
-                         mohawk_stage, const language_model<T>&, const language_model<T>&, \
-                         const pass<T>&, const tensor<std::int32_t, 2>&, const mohawk_options&))
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
+  SSMLIB_INSTANTIATE(                                                                              \
+      distillation,                                                                                \
+      loss_sum<T> mohawk_loss<T>(mohawk_stage, const language_model<T>&, const language_model<T>&, \
+                                 const pass<T>&, const token_batch&, const mohawk_options&))
 SSMLIB_DETAIL_LIST(float);
 SSMLIB_DETAIL_LIST(double);
 #undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm
+
+#ifndef SSMLIB_COMPILED
+#include <ssmlib/distill/mohawk_impl.hpp>
+#endif

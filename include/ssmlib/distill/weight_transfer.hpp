@@ -30,18 +30,16 @@ void copy_head_rows(const tensor<T, 2>& to, index_t heads, const tensor<T, 2>& f
   }
 }
 
-inline void require_equal(const char* operation, const char* what, index_t actual, index_t wanted) {
-  if (actual != wanted) {
-    throw shape_error("ssm: " + std::string(operation) + ": the student's " + what + " is " +
-                      std::to_string(actual) + ", wanted the teacher's " + std::to_string(wanted));
-  }
-}
+/// @throws shape_error  the student's size is not the teacher's.
+void require_equal(const char* operation, const char* what, index_t actual, index_t wanted);
+/// @throws value_error  the teacher's projections have biases, which the student has no place for.
+void require_no_bias(const char* operation, const attention_options& teacher);
 
 }  // namespace detail
 
 /// MOHAWK's weight transfer: copies every parameter of the teacher that is not a mixer's, and that
-/// the student has by the same name and shape (embedding, norms, MLPs, head); mixers of layers with
-/// the same letter in both patterns are copied too.
+/// the student has by the same name and shape (embedding, norms, MLPs, head); mixers that are the
+/// same function in both, see any_block::has_same_mixer, are copied too.
 ///
 /// @return the names that were copied
 /// @throws shape_error  patterns of different lengths, or a parameter of another shape.
@@ -61,8 +59,8 @@ std::vector<std::string> transfer_weights(const language_model<T>& teacher,
     for (const parameter<T>& source : sources) {
       if (source.name != target.name) continue;
       if (detail::is_mixer_parameter(target.name)) {
-        const auto layer = static_cast<std::size_t>(std::stoll(target.name.substr(7)));
-        if (from[layer] != to[layer]) break;
+        const auto layer = static_cast<index_t>(std::stoll(target.name.substr(7)));
+        if (!teacher.block(layer).has_same_mixer(student.block(layer))) break;
       }
       if (source.extents != target.extents) {
         throw shape_error("ssm: transfer_weights: " + target.name + " is " +
@@ -83,14 +81,15 @@ std::vector<std::string> transfer_weights(const language_model<T>& teacher,
 /// project to the same tensors.
 ///
 /// @pre the student has a head for each query head, its own B and C per head (groups = heads), and
-///      head_dim = state = the attention's head_dim
-/// @throws shape_error  other sizes.
+///      head_dim = state = the attention's head_dim; the attention has no biases
+/// @throws shape_error  other sizes. @throws value_error  biases.
 /// @source Wang et al. 2024, arXiv:2408.15237, section 3.1 and algorithm 1.
 template <Real T>
 void transfer_attention(const attention<T>& teacher, const mamba2<T>& student) {
   const auto& a = teacher.options();
   const auto& m = student.options();
   const char* name = "transfer_attention to Mamba-2";
+  detail::require_no_bias(name, a);
   detail::require_equal(name, "head count", m.heads, a.heads);
   detail::require_equal(name, "group count", m.groups, a.heads);
   detail::require_equal(name, "head_dim", m.head_dim, a.head_dim);
@@ -107,12 +106,14 @@ void transfer_attention(const attention<T>& teacher, const mamba2<T>& student) {
 }
 
 /// The same for the discrete Mamba-2, whose in_proj makes [x, B, C, z, a].
-/// @pre qk_heads = heads = the attention's heads; head_dim = state = its head_dim
+/// @pre qk_heads = heads = the attention's heads; head_dim = state = its head_dim; no biases
+/// @throws shape_error  other sizes. @throws value_error  biases.
 template <Real T>
 void transfer_attention(const attention<T>& teacher, const discrete_mamba2<T>& student) {
   const auto& a = teacher.options();
   const auto& m = student.options();
   const char* name = "transfer_attention to the discrete Mamba-2";
+  detail::require_no_bias(name, a);
   detail::require_equal(name, "head count", m.heads, a.heads);
   detail::require_equal(name, "qk_head count", m.qk_heads, a.heads);
   detail::require_equal(name, "head_dim", m.head_dim, a.head_dim);
@@ -129,9 +130,18 @@ void transfer_attention(const attention<T>& teacher, const discrete_mamba2<T>& s
 }
 
 /// The four projections of linear attention are attention's own.
-/// @pre the same heads, kv_heads and head_dim
+/// @pre the same heads, kv_heads and head_dim; the attention has no biases
+/// @throws shape_error  other sizes. @throws value_error  biases.
 template <Real T, FeatureMap Phi>
 void transfer_attention(const attention<T>& teacher, const linear_attention<T, Phi>& student) {
+  const auto& a = teacher.options();
+  const auto& l = student.options();
+  const char* name = "transfer_attention to linear attention";
+  detail::require_no_bias(name, a);
+  detail::require_equal(name, "head count", l.heads, a.heads);
+  detail::require_equal(name, "kv_head count", l.kv_heads, a.kv_heads);
+  detail::require_equal(name, "head_dim", l.head_dim, a.head_dim);
+  detail::require_equal(name, "width", l.width, a.width);
   student.q_proj.weight.copy_from(teacher.q_proj.weight);
   student.k_proj.weight.copy_from(teacher.k_proj.weight);
   student.v_proj.weight.copy_from(teacher.v_proj.weight);
@@ -161,3 +171,7 @@ std::vector<index_t> transfer_mixers(const language_model<T>& teacher,
 }
 
 }  // namespace ssm
+
+#ifndef SSMLIB_COMPILED
+#include <ssmlib/distill/weight_transfer_impl.hpp>
+#endif

@@ -3,27 +3,15 @@
 #include <ssmlib/expr/softmax.hpp>
 #include <ssmlib/lower/kv_state.hpp>
 #include <ssmlib/lower/softmax.hpp>
+#include <ssmlib/mixer/options.hpp>
 #include <ssmlib/mixer/sequence_mixer.hpp>
 #include <ssmlib/nn/rope.hpp>
 
 #include <cmath>
 #include <cstdint>
-#include <optional>
 #include <utility>
 
 namespace ssm {
-
-struct attention_options {
-  index_t width = 0;     ///< d, of the model
-  index_t heads = 1;     ///< query heads
-  index_t kv_heads = 0;  ///< key/value heads; 0: as many as heads
-  index_t head_dim = 0;  ///< 0: width / heads
-  index_t window = 0;    ///< sliding window in tokens, the token itself included; 0: none
-  std::optional<double> scale = {};       ///< default head_dim^(-1/2)
-  std::optional<rope_options> rope = {};  ///< rotary position embedding of q and k
-  bool bias = false;                      ///< on the four projections
-  double out_scale = 1.0;                 ///< of the initial output projection
-};
 
 /// Causal softmax self-attention: MHA, GQA (kv_heads < heads) or MQA (kv_heads = 1).
 /// @source Vaswani et al. 2017; GQA: Ainslie et al. 2023, arXiv:2305.13245.
@@ -31,11 +19,10 @@ template <Real T>
 class attention : public sequence_mixer<attention<T>, T> {
  public:
   attention() = default;
-  attention(const attention_options& options, std::uint64_t seed) : options_(options) {
-    auto& o = options_;
-    if (o.kv_heads == 0) o.kv_heads = o.heads;
-    if (o.head_dim == 0) o.head_dim = o.width / o.heads;
-    detail::join_heads("attention: heads and kv_heads", o.heads, o.kv_heads);
+  /// @throws value_error  an option out of range.
+  attention(const attention_options& options, std::uint64_t seed)
+      : options_(detail::completed(options)) {
+    const auto& o = options_;
     q_proj = linear<T>::make(o.width, o.heads * o.head_dim, {.bias = o.bias, .seed = seed});
     k_proj = linear<T>::make(o.width, o.kv_heads * o.head_dim, {.bias = o.bias, .seed = seed + 1});
     v_proj = linear<T>::make(o.width, o.kv_heads * o.head_dim, {.bias = o.bias, .seed = seed + 2});

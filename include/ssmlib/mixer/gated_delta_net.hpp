@@ -4,6 +4,7 @@
 #include <ssmlib/lower/delta_rule.hpp>
 #include <ssmlib/lower/elementwise.hpp>
 #include <ssmlib/mixer/mamba2.hpp>
+#include <ssmlib/mixer/options.hpp>
 #include <ssmlib/mixer/sequence_mixer.hpp>
 #include <ssmlib/nn/l2_normalize.hpp>
 #include <ssmlib/nn/norm.hpp>
@@ -14,17 +15,6 @@
 
 namespace ssm {
 
-struct gated_delta_net_options {
-  index_t width = 0;      ///< d, of the model
-  index_t heads = 1;      ///< value heads
-  index_t qk_heads = 0;   ///< query/key heads; 0: as many as heads
-  index_t head_dim = 64;  ///< of queries and keys
-  index_t value_dim = 0;  ///< of values; 0: head_dim
-  index_t conv_width = 4;
-  double norm_epsilon = 1e-6;
-  double out_scale = 1.0;
-};
-
 /// Gated DeltaNet: S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, y_t = S_t^T
 /// q_t with unit keys and queries, beta = sigmoid, g = -exp(A_log) softplus(a + dt_bias); the
 /// output is normalised per head, then gated by silu(z). in_proj makes [q, k, v, z, beta, a]; a
@@ -34,11 +24,10 @@ template <Real T>
 class gated_delta_net : public sequence_mixer<gated_delta_net<T>, T> {
  public:
   gated_delta_net() = default;
-  gated_delta_net(const gated_delta_net_options& options, std::uint64_t seed) : options_(options) {
-    auto& o = options_;
-    if (o.qk_heads == 0) o.qk_heads = o.heads;
-    if (o.value_dim == 0) o.value_dim = o.head_dim;
-    detail::join_heads("gated_delta_net: heads and qk_heads", o.heads, o.qk_heads);
+  /// @throws value_error  an option out of range.
+  gated_delta_net(const gated_delta_net_options& options, std::uint64_t seed)
+      : options_(detail::completed(options)) {
+    const auto& o = options_;
     in_proj = linear<T>::make(o.width, conv_channels() + values() + 2 * o.heads, {.seed = seed});
     conv1d = causal_conv1d<T>::make(conv_channels(), o.conv_width, seed + 1,
                                     conv1d_activation::silu, /*bias=*/false);

@@ -3,6 +3,7 @@
 #include <ssmlib/expr/hadamard.hpp>
 #include <ssmlib/lower/elementwise.hpp>
 #include <ssmlib/lower/semiseparable.hpp>
+#include <ssmlib/mixer/options.hpp>
 #include <ssmlib/mixer/sequence_mixer.hpp>
 #include <ssmlib/nn/norm.hpp>
 
@@ -12,14 +13,6 @@
 
 namespace ssm {
 
-struct linear_attention_options {
-  index_t width = 0;     ///< d, of the model
-  index_t heads = 1;     ///< query heads
-  index_t kv_heads = 0;  ///< key/value heads; 0: as many as heads
-  index_t head_dim = 0;  ///< 0: width / heads
-  double out_scale = 1.0;
-};
-
 /// Causal linear attention, normalised: rows of causal o (phi(Q) phi(K)^T), divided by their sums.
 /// @tparam Phi  feature map with positive values, see ssm::feature
 /// @source Katharopoulos et al. 2020, arXiv:2006.16236.
@@ -27,11 +20,10 @@ template <Real T, FeatureMap Phi = feature::elu_plus_one>
 class linear_attention : public sequence_mixer<linear_attention<T, Phi>, T> {
  public:
   linear_attention() = default;
+  /// @throws value_error  an option out of range.
   linear_attention(const linear_attention_options& options, std::uint64_t seed)
-      : options_(options) {
-    auto& o = options_;
-    if (o.kv_heads == 0) o.kv_heads = o.heads;
-    if (o.head_dim == 0) o.head_dim = o.width / o.heads;
+      : options_(detail::completed(options)) {
+    const auto& o = options_;
     q_proj = linear<T>::make(o.width, o.heads * o.head_dim, {.seed = seed});
     k_proj = linear<T>::make(o.width, o.kv_heads * o.head_dim, {.seed = seed + 1});
     v_proj = linear<T>::make(o.width, o.kv_heads * o.head_dim, {.seed = seed + 2});
@@ -72,14 +64,6 @@ class linear_attention : public sequence_mixer<linear_attention<T, Phi>, T> {
   linear_attention_options options_;
 };
 
-struct retention_options {
-  index_t width = 0;      ///< d, of the model
-  index_t heads = 1;      ///< H
-  index_t head_dim = 0;   ///< of queries and keys; 0: width / heads
-  index_t value_dim = 0;  ///< of values; 0: head_dim
-  double out_scale = 1.0;
-};
-
 /// Retention: decay(gamma) o (Q K^T) / sqrt(N) with one fixed decay a head,
 /// gamma_h = 1 - 2^(-5-h), RMSNorm per head, and a silu gate.
 /// @source Sun et al. 2023, arXiv:2307.08621, section 2.
@@ -87,10 +71,10 @@ template <Real T>
 class retention : public sequence_mixer<retention<T>, T> {
  public:
   retention() = default;
-  retention(const retention_options& options, std::uint64_t seed) : options_(options) {
-    auto& o = options_;
-    if (o.head_dim == 0) o.head_dim = o.width / o.heads;
-    if (o.value_dim == 0) o.value_dim = o.head_dim;
+  /// @throws value_error  an option out of range.
+  retention(const retention_options& options, std::uint64_t seed)
+      : options_(detail::completed(options)) {
+    const auto& o = options_;
     q_proj = linear<T>::make(o.width, o.heads * o.head_dim, {.seed = seed});
     k_proj = linear<T>::make(o.width, o.heads * o.head_dim, {.seed = seed + 1});
     v_proj = linear<T>::make(o.width, o.heads * o.value_dim, {.seed = seed + 2});

@@ -6,6 +6,7 @@
 #include <ssmlib/lower/selective.hpp>
 #include <ssmlib/lower/semiseparable.hpp>
 #include <ssmlib/mixer/mamba2.hpp>
+#include <ssmlib/mixer/options.hpp>
 #include <ssmlib/mixer/sequence_mixer.hpp>
 
 #include <cmath>
@@ -13,17 +14,6 @@
 #include <utility>
 
 namespace ssm {
-
-struct mamba1_options {
-  index_t width = 0;       ///< d, of the model
-  index_t inner = 0;       ///< D_in; 0: 2 d
-  index_t state = 16;      ///< N
-  index_t dt_rank = 0;     ///< R; 0: ceil(d / 16)
-  index_t conv_width = 4;  ///< W
-  conv1d_activation activation = conv1d_activation::silu;
-  double dt_min = 1e-3, dt_max = 0.1, dt_floor = 1e-4;
-  double out_scale = 1.0;
-};
 
 /// Mamba: the selective scan, one decay per channel and state,
 ///
@@ -35,10 +25,9 @@ template <Real T>
 class mamba1 : public sequence_mixer<mamba1<T>, T> {
  public:
   mamba1() = default;
-  mamba1(const mamba1_options& options, std::uint64_t seed) : options_(options) {
-    auto& o = options_;
-    if (o.inner == 0) o.inner = 2 * o.width;
-    if (o.dt_rank == 0) o.dt_rank = (o.width + 15) / 16;
+  /// @throws value_error  an option out of range.
+  mamba1(const mamba1_options& options, std::uint64_t seed) : options_(detail::completed(options)) {
+    const auto& o = options_;
     in_proj = linear<T>::make(o.width, 2 * o.inner, {.seed = seed});
     conv1d = causal_conv1d<T>::make(o.inner, o.conv_width, seed + 1, o.activation);
     x_proj = linear<T>::make(o.inner, o.dt_rank + 2 * o.state, {.seed = seed + 3});

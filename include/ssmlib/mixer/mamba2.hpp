@@ -3,6 +3,7 @@
 #include <ssmlib/expr/hadamard.hpp>
 #include <ssmlib/lower/elementwise.hpp>
 #include <ssmlib/lower/semiseparable.hpp>
+#include <ssmlib/mixer/options.hpp>
 #include <ssmlib/mixer/sequence_mixer.hpp>
 #include <ssmlib/nn/discretize.hpp>
 #include <ssmlib/nn/norm.hpp>
@@ -13,23 +14,6 @@
 #include <utility>
 
 namespace ssm {
-
-struct mamba2_options {
-  index_t width = 0;       ///< d, of the model
-  index_t heads = 1;       ///< H
-  index_t head_dim = 64;   ///< P; heads * head_dim is the inner width
-  index_t state = 128;     ///< N
-  index_t groups = 1;      ///< G, groups of B and C
-  index_t conv_width = 4;  ///< W
-  conv1d_activation activation = conv1d_activation::silu;
-  bool gated_norm = true;  ///< RMSNorm of the gated output, in groups of inner width / G
-  bool norm_before_gate = false;
-  double norm_epsilon = 1e-5;
-  double dt_min = 1e-3, dt_max = 0.1, dt_floor = 1e-4;  ///< initial step sizes, log-uniform
-  step_limits limits = {};                              ///< clamp of the step size
-  double a_min = 1, a_max = 16;                         ///< initial -A, uniform
-  double out_scale = 1.0;                               ///< of the initial output projection
-};
 
 namespace detail {
 /// softplus^-1 of log-uniform step sizes. @source mamba_ssm's initialisation; algorithms: Gu and
@@ -58,9 +42,9 @@ template <Real T>
 class mamba2 : public sequence_mixer<mamba2<T>, T> {
  public:
   mamba2() = default;
-  mamba2(const mamba2_options& options, std::uint64_t seed) : options_(options) {
+  /// @throws value_error  an option out of range.
+  mamba2(const mamba2_options& options, std::uint64_t seed) : options_(detail::completed(options)) {
     const auto& o = options_;
-    detail::join_heads("mamba2: heads and groups", o.heads, o.groups);
     in_proj =
         linear<T>::make(o.width, 2 * inner() + 2 * o.groups * o.state + o.heads, {.seed = seed});
     conv1d = causal_conv1d<T>::make(conv_channels(), o.conv_width, seed + 1, o.activation);
@@ -130,18 +114,6 @@ class mamba2 : public sequence_mixer<mamba2<T>, T> {
   mamba2_options options_;
 };
 
-struct discrete_mamba2_options {
-  index_t width = 0;      ///< d, of the model
-  index_t heads = 1;      ///< H, of x and of the decay
-  index_t qk_heads = 0;   ///< heads of B and C; 0: as many as heads
-  index_t head_dim = 64;  ///< P
-  index_t state = 64;     ///< N
-  index_t conv_width = 4;
-  conv1d_activation activation = conv1d_activation::none;
-  bool identity_init = false;  ///< conv passes its input, gate = 1: MOHAWK's start
-  double out_scale = 1.0;      ///< of the initial output projection
-};
-
 /// The discrete Mamba-2 of Phi-Mamba: decay sigmoid(-a_t), inputs not scaled by a step, own B and C
 /// per head, gate silu(z + z_bias), no norm. The same matrix node as mamba2, without a weight.
 /// in_proj makes [x, B, C, z, a].
@@ -150,10 +122,10 @@ template <Real T>
 class discrete_mamba2 : public sequence_mixer<discrete_mamba2<T>, T> {
  public:
   discrete_mamba2() = default;
-  discrete_mamba2(const discrete_mamba2_options& options, std::uint64_t seed) : options_(options) {
-    auto& o = options_;
-    if (o.qk_heads == 0) o.qk_heads = o.heads;
-    detail::join_heads("discrete_mamba2: heads and qk_heads", o.heads, o.qk_heads);
+  /// @throws value_error  an option out of range.
+  discrete_mamba2(const discrete_mamba2_options& options, std::uint64_t seed)
+      : options_(detail::completed(options)) {
+    const auto& o = options_;
     in_proj =
         linear<T>::make(o.width, 2 * inner() + 2 * o.qk_heads * o.state + o.heads, {.seed = seed});
     conv1d = causal_conv1d<T>::make(conv_channels(), o.conv_width, seed + 1, o.activation);

@@ -5,6 +5,7 @@
 #include <ssmlib/model/model_state.hpp>
 #include <ssmlib/nn/norm.hpp>
 
+#include <algorithm>
 #include <concepts>
 #include <memory>
 #include <span>
@@ -16,6 +17,26 @@
 #include <vector>
 
 namespace ssm {
+
+namespace detail {
+
+/// Whether two mixers of one type are the same function of input and parameters: by their options,
+/// where they have some that compare, and by the shapes of their parameters.
+template <Real T, class Mixer>
+[[nodiscard]] bool same_function(const Mixer& a, const Mixer& b) {
+  if constexpr (requires { a.options().same_function(b.options()); }) {
+    return a.options().same_function(b.options());
+  } else {
+    if constexpr (requires { a.options() == b.options(); }) {
+      if (!(a.options() == b.options())) return false;
+    }
+    return std::ranges::equal(
+        parameters_of<T>(a), parameters_of<T>(b),
+        [](const auto& x, const auto& y) { return x.name == y.name && x.extents == y.extents; });
+  }
+}
+
+}  // namespace detail
 
 /// One layer of a model, whatever it is: the boundary between static types (inside a layer) and a
 /// run-time list (the model). What distillation needs of a mixer goes through here too.
@@ -32,9 +53,16 @@ class any_block {
                                              const sequence_layout& layout) const = 0;
   [[nodiscard]] virtual any_state initial_state(index_t sequences, index_t max_rollback) const = 0;
   [[nodiscard]] virtual std::vector<parameter<T>> parameters(std::string_view prefix) const = 0;
+  /// The same layer with its own copy of the parameters.
+  [[nodiscard]] virtual std::shared_ptr<any_block> clone() const = 0;
 
-  /// Whether the block holds a sequence mixer, which the next two need.
+  /// Whether the block holds a sequence mixer, which mixer_matrix() and mixer_output() need.
   [[nodiscard]] bool has_mixer() const { return mixer_type() != typeid(void); }
+  /// Whether both blocks hold a mixer, and these are the same function of input and parameters: of
+  /// one type, with the same options but for those of their start.
+  [[nodiscard]] bool has_same_mixer(const any_block& other) const {
+    return has_mixer() && mixer_type() == other.mixer_type() && same_mixer(other.mixer_address());
+  }
   /// The mixer, if it is an M, else null.
   template <class M>
   [[nodiscard]] const M* mixer_as() const {
@@ -54,6 +82,8 @@ class any_block {
  private:
   [[nodiscard]] virtual const std::type_info& mixer_type() const { return typeid(void); }
   [[nodiscard]] virtual const void* mixer_address() const { return nullptr; }
+  /// @pre `other` is a mixer of the same type
+  [[nodiscard]] virtual bool same_mixer(const void* /*other*/) const { return false; }
 };
 
 /// x + mixer(norm(x)): the pre-norm residual layer of Llama's attention, of Mamba and Mamba-2.
@@ -77,6 +107,9 @@ class mixer_block final : public any_block<T> {
   [[nodiscard]] std::vector<parameter<T>> parameters(std::string_view prefix) const override {
     return parameters_of<T>(*this, prefix);
   }
+  [[nodiscard]] std::shared_ptr<any_block<T>> clone() const override {
+    return std::make_shared<mixer_block>(with_own_parameters(*this));
+  }
   template <class Self, class F>
   static void parameters(Self& self, F&& f) {
     visit(f, "norm", self.norm_);
@@ -94,6 +127,9 @@ class mixer_block final : public any_block<T> {
  private:
   [[nodiscard]] const std::type_info& mixer_type() const override { return typeid(Mixer); }
   [[nodiscard]] const void* mixer_address() const override { return &mixer_; }
+  [[nodiscard]] bool same_mixer(const void* other) const override {
+    return detail::same_function<T>(mixer_, *static_cast<const Mixer*>(other));
+  }
 
   Norm norm_;
   Mixer mixer_;
@@ -116,6 +152,9 @@ class mlp_block final : public any_block<T> {
   [[nodiscard]] any_state initial_state(index_t, index_t) const override { return {}; }
   [[nodiscard]] std::vector<parameter<T>> parameters(std::string_view prefix) const override {
     return parameters_of<T>(*this, prefix);
+  }
+  [[nodiscard]] std::shared_ptr<any_block<T>> clone() const override {
+    return std::make_shared<mlp_block>(with_own_parameters(*this));
   }
   template <class Self, class F>
   static void parameters(Self& self, F&& f) {
@@ -152,6 +191,9 @@ class parallel_block final : public any_block<T> {
   [[nodiscard]] std::vector<parameter<T>> parameters(std::string_view prefix) const override {
     return parameters_of<T>(*this, prefix);
   }
+  [[nodiscard]] std::shared_ptr<any_block<T>> clone() const override {
+    return std::make_shared<parallel_block>(with_own_parameters(*this));
+  }
   template <class Self, class F>
   static void parameters(Self& self, F&& f) {
     visit(f, "norm", self.norm_);
@@ -170,6 +212,9 @@ class parallel_block final : public any_block<T> {
  private:
   [[nodiscard]] const std::type_info& mixer_type() const override { return typeid(Mixer); }
   [[nodiscard]] const void* mixer_address() const override { return &mixer_; }
+  [[nodiscard]] bool same_mixer(const void* other) const override {
+    return detail::same_function<T>(mixer_, *static_cast<const Mixer*>(other));
+  }
 
   Norm norm_;
   Mixer mixer_;

@@ -23,6 +23,7 @@ enum class mlp_kind { swiglu, gelu };
 ///
 /// Each letter is one pre-norm residual layer, so that a Llama block is "*-" and NVIDIA's
 /// Mamba-2-Hybrid starts "M-M-M--M-M*-". Widths of the options below are filled in from `width`.
+/// Other letters can be layers of your own, see own_layer.
 struct model_config {
   index_t vocabulary = 256;
   index_t width = 0;
@@ -53,19 +54,15 @@ struct model_config {
 /// Every letter that a pattern may have.
 inline constexpr std::string_view layer_letters = "*M-mDRLGPp";
 
-/// @throws value_error  an empty pattern, or a letter that is not one of layer_letters.
-inline void check_pattern(std::string_view pattern) {
-  if (pattern.empty()) {
-    throw value_error("ssm: the layer pattern is empty; wanted letters of \"" +
-                      std::string(layer_letters) + "\", such as \"M-M-M*-\"");
-  }
-  for (std::size_t i = 0; i < pattern.size(); ++i) {
-    if (layer_letters.find(pattern[i]) == std::string_view::npos) {
-      throw value_error("ssm: the layer pattern \"" + std::string(pattern) + "\" has '" +
-                        std::string(1, pattern[i]) + "' at place " + std::to_string(i) +
-                        "; wanted letters of \"" + std::string(layer_letters) + "\"");
-    }
-  }
-}
+/// @param own  letters of layers that the caller makes, see own_layer
+/// @throws value_error  an empty pattern, or a letter that is neither one of layer_letters nor own.
+void check_pattern(std::string_view pattern, std::string_view own = {});
+
+/// @throws value_error  a pattern or a number that makes no model; mixers check their own options.
+void check_config(const model_config& config, std::string_view own = {});
 
 }  // namespace ssm
+
+#ifndef SSMLIB_COMPILED
+#include <ssmlib/model/config_impl.hpp>
+#endif

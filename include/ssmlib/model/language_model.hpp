@@ -39,6 +39,15 @@ concept LanguageModel = requires(const M& m, const pass<typename M::value_type>&
   { m.parameters() } -> std::same_as<std::vector<parameter<typename M::value_type>>>;
 };
 
+/// A layer of the caller's own: where the pattern has `letter`, the model has what `make` returns,
+/// often mixer_layer<...>(config, options, seed). It trains, distils and decodes as the others do.
+/// @tparam T  of the model
+template <Real T>
+struct own_layer {
+  char letter;  ///< none of layer_letters
+  std::function<std::shared_ptr<any_block<T>>(const model_config&, std::uint64_t seed)> make;
+};
+
 /// A language model as a run-time list of layers: Transformer, Mamba, Mamba-2 and hybrids are one
 /// class, told apart by a pattern. Copying shares the parameters; clone() copies them.
 template <Real T>
@@ -48,8 +57,11 @@ class language_model {
   using state_type = model_state;
 
   language_model() = default;
-  /// Freshly initialised. @throws value_error, shape_error  a config that does not fit together.
-  language_model(const model_config& config, std::uint64_t seed);
+  /// Freshly initialised.
+  /// @param own  layers for further letters of the pattern
+  /// @throws value_error, shape_error  a config that does not fit together.
+  language_model(const model_config& config, std::uint64_t seed,
+                 const std::vector<own_layer<T>>& own = {});
 
   [[nodiscard]] const model_config& config() const { return config_; }
   [[nodiscard]] index_t layers() const { return static_cast<index_t>(blocks_.size()); }
@@ -115,8 +127,8 @@ class language_model {
       layers.push_back(b->initial_state(sequences, max_rollback));
     return layers;
   }
-  [[nodiscard]] static std::shared_ptr<any_block<T>> make_block(const model_config& c, char letter,
-                                                                std::uint64_t seed);
+  [[nodiscard]] static std::shared_ptr<any_block<T>> make_block(
+      const model_config& c, char letter, std::uint64_t seed, const std::vector<own_layer<T>>& own);
 
   model_config config_;
   embedding<T> embedding_;
@@ -184,17 +196,26 @@ std::vector<parameter<T>> language_model<T>::parameters() const {
 
 template <Real T>
 language_model<T> language_model<T>::clone() const {
-  language_model copy(config_, 0);
-  copy.checkpointing_ = checkpointing_;
-  const auto from = parameters(), to = copy.parameters();
-  for (std::size_t i = 0; i < from.size(); ++i)
-    to[i].value.copy_from(from[i].value);
+  language_model copy = *this;
+  copy.embedding_ = with_own_parameters(embedding_);
+  for (auto& b : copy.blocks_)
+    b = b->clone();
+  std::visit([](auto& norm) { norm = with_own_parameters(norm); }, copy.norm_);
+  copy.head_ = with_own_parameters(head_);
+  if (config_.tie_embeddings) copy.head_.weight = copy.embedding_.weight;
   return copy;
 }
 
 template <Real T>
 std::shared_ptr<any_block<T>> language_model<T>::make_block(const model_config& c, char letter,
-                                                            std::uint64_t seed) {
+                                                            std::uint64_t seed,
+                                                            const std::vector<own_layer<T>>& own) {
+  for (const own_layer<T>& layer : own) {
+    if (layer.letter != letter) continue;
+    if (auto block = layer.make ? layer.make(c, seed) : nullptr) return block;
+    throw value_error("ssm: the own layer '" + std::string(1, letter) +
+                      "' made no block; wanted a function that returns one, see mixer_layer");
+  }
   switch (letter) {
     case '*':
       return detail::make_mixer_block<attention<T>, T>(c, c.attention, seed);
@@ -220,19 +241,19 @@ std::shared_ptr<any_block<T>> language_model<T>::make_block(const model_config& 
 }
 
 template <Real T>
-language_model<T>::language_model(const model_config& config, std::uint64_t seed)
+language_model<T>::language_model(const model_config& config, std::uint64_t seed,
+                                  const std::vector<own_layer<T>>& own)
     : config_(config) {
-  check_pattern(config.pattern);
-  if (config.width < 1 || config.vocabulary < 1) {
-    throw value_error("ssm: a model of width " + std::to_string(config.width) + " and vocabulary " +
-                      std::to_string(config.vocabulary) + ": wanted at least 1 of each");
-  }
+  std::string own_letters;
+  for (const own_layer<T>& layer : own)
+    own_letters += layer.letter;
+  check_config(config, own_letters);
   // Seeds of different parts are far apart, so that no two tensors start alike.
   const auto part = [&](std::size_t i) { return (seed * 4096 + i) * 1024; };
   embedding_ =
       embedding<T>::make(config.vocabulary, config.width, part(0), config.embedding_deviation);
   for (std::size_t i = 0; i < config.pattern.size(); ++i) {
-    blocks_.push_back(make_block(config, config.pattern[i], part(i + 1)));
+    blocks_.push_back(make_block(config, config.pattern[i], part(i + 1), own));
   }
   pattern_ = std::make_shared<const std::string>(config.pattern);
   detail::with_norm<T>(config, [&](auto norm) { norm_ = std::move(norm); });

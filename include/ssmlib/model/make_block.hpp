@@ -12,8 +12,10 @@
 #include <ssmlib/nn/norm.hpp>
 
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <memory>
+#include <utility>
 
 /// @file
 /// The layers that a pattern can name. One function a mixer, with everything of its layers behind
@@ -24,6 +26,13 @@ namespace ssm::detail {
 /// Projections into the residual stream start smaller the more of them there are.
 [[nodiscard]] inline double residual_scale(const model_config& c) {
   return 1.0 / std::sqrt(static_cast<double>(c.pattern.size()));
+}
+
+/// What all mixers of a model are told alike, where their options have a place for it.
+template <class Options>
+void set_from(const model_config& c, Options& options) {
+  if constexpr (requires { options.width; }) options.width = c.width;
+  if constexpr (requires { options.out_scale; }) options.out_scale = residual_scale(c);
 }
 
 /// use(norm) with a new norm of the config's kind.
@@ -45,8 +54,7 @@ auto with_mlp(const model_config& c, std::uint64_t seed, F use) {
 template <class Mixer, Real T, class Options>
 [[nodiscard]] std::shared_ptr<any_block<T>> make_mixer_block(const model_config& c, Options options,
                                                              std::uint64_t seed) {
-  options.width = c.width;
-  options.out_scale = residual_scale(c);
+  set_from(c, options);
   return with_norm<T>(c, [&](auto norm) -> std::shared_ptr<any_block<T>> {
     return std::make_shared<mixer_block<T, decltype(norm), Mixer>>(norm, Mixer(options, seed));
   });
@@ -56,8 +64,7 @@ template <class Mixer, Real T, class Options>
 [[nodiscard]] std::shared_ptr<any_block<T>> make_parallel_block(const model_config& c,
                                                                 Options options,
                                                                 std::uint64_t seed) {
-  options.width = c.width;
-  options.out_scale = residual_scale(c);
+  set_from(c, options);
   return with_norm<T>(c, [&](auto norm) {
     return with_mlp<T>(c, seed, [&](auto mlp) -> std::shared_ptr<any_block<T>> {
       return std::make_shared<parallel_block<T, decltype(norm), Mixer, decltype(mlp)>>(
@@ -118,3 +125,26 @@ SSMLIB_DETAIL_LIST(double);
 #undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::detail
+
+namespace ssm {
+
+/// A layer x + mixer(norm(x)) with a mixer of any type, for own_layer::make.
+/// @tparam Mixer   a SequenceMixer, made of (options, seed)
+/// @param options  its `width` and `out_scale`, where it has them, are set as for the other layers
+template <class Mixer, class Options>
+requires SequenceMixer<Mixer> && std::constructible_from<Mixer, Options, std::uint64_t>
+[[nodiscard]] std::shared_ptr<any_block<typename Mixer::value_type>> mixer_layer(
+    const model_config& c, Options options, std::uint64_t seed) {
+  return detail::make_mixer_block<Mixer, typename Mixer::value_type>(c, std::move(options), seed);
+}
+
+/// The same in parallel with an MLP: x + mixer(n) + mlp(n), n = norm(x).
+template <class Mixer, class Options>
+requires SequenceMixer<Mixer> && std::constructible_from<Mixer, Options, std::uint64_t>
+[[nodiscard]] std::shared_ptr<any_block<typename Mixer::value_type>> parallel_layer(
+    const model_config& c, Options options, std::uint64_t seed) {
+  return detail::make_parallel_block<Mixer, typename Mixer::value_type>(c, std::move(options),
+                                                                        seed);
+}
+
+}  // namespace ssm

@@ -14,6 +14,8 @@ namespace ssm {
 struct step_limits {
   double low = 0.0;
   double high = std::numeric_limits<double>::infinity();
+
+  friend bool operator==(const step_limits&, const step_limits&) = default;
 };
 
 template <Real T>

@@ -56,6 +56,16 @@ template <Real T, class Layer>
   return list;
 }
 
+/// A copy of a layer that shares no parameter with it.
+template <class Layer>
+[[nodiscard]] Layer with_own_parameters(const Layer& layer) {
+  Layer copy = layer;
+  Layer::parameters(copy, [](std::string_view, auto& t, parameter_kind) {
+    if (t) t = t.clone();
+  });
+  return copy;
+}
+
 /// The number of trainable values.
 template <Real T>
 [[nodiscard]] index_t parameter_count(const std::vector<parameter<T>>& list) {

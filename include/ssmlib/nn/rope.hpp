@@ -19,6 +19,8 @@ struct llama3_scaling {
   double factor = 8.0;
   double low = 1.0, high = 4.0;
   double original_length = 8192.0;
+
+  friend bool operator==(const llama3_scaling&, const llama3_scaling&) = default;
 };
 
 /// Rotary position embedding: feature pair i of a token at position p is turned by the angle
@@ -30,6 +32,8 @@ struct rope_options {
   bool interleaved =
       false;  ///< pairs (2i, 2i + 1), as in GPT-J; else (i, i + rot / 2), as in Llama
   std::optional<llama3_scaling> scaling = {};
+
+  friend bool operator==(const rope_options&, const rope_options&) = default;
 };
 
 namespace detail {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/tensor/layout.hpp>
 #include <ssmlib/train/shuffle.hpp>
 
 #include <algorithm>
@@ -65,11 +66,42 @@ class token_spans {
 };
 token_spans(std::string_view)->token_spans<char>;
 
+/// The target of a token that predicts nothing.
+inline constexpr std::int32_t no_target = -100;
+
 /// A micro-batch: `targets` are the tokens that follow `inputs`.
 struct token_batch {
-  tensor<std::int32_t, 2> inputs;   ///< (b, T)
-  tensor<std::int32_t, 2> targets;  ///< (b, T)
+  tensor<std::int32_t, 2> inputs;   ///< (b, T); with a layout (1, tokens)
+  tensor<std::int32_t, 2> targets;  ///< as inputs; no_target where nothing is to be predicted
+  sequence_layout layout = {};      ///< packed sequences; default: b sequences of T tokens
+
+  /// The layout, or the rectangle that stands for it.
+  [[nodiscard]] sequence_layout sequences() const {
+    return layout ? layout : sequence_layout::rectangular(inputs.extent(0), inputs.extent(1));
+  }
 };
+
+/// Documents of any lengths as one batch without padding. The last token of each has no_target:
+/// nothing is predicted across a boundary.
+/// @return inputs and targets (1, tokens), and the layout with a sequence a document
+[[nodiscard]] inline token_batch pack_documents(
+    std::span<const std::vector<std::int32_t>> documents) {
+  std::vector<index_t> lengths;
+  for (const auto& d : documents)
+    lengths.push_back(static_cast<index_t>(d.size()));
+  token_batch batch;
+  batch.layout = sequence_layout::from_lengths(lengths);
+  batch.inputs = tensor<std::int32_t, 2>(1, batch.layout.tokens());
+  batch.targets = tensor<std::int32_t, 2>(1, batch.layout.tokens());
+  std::int32_t *input = batch.inputs.data(), *target = batch.targets.data();
+  for (const auto& d : documents) {
+    if (d.empty()) continue;
+    input = std::copy(d.begin(), d.end(), input);
+    target = std::copy(d.begin() + 1, d.end(), target);
+    *target++ = no_target;
+  }
+  return batch;
+}
 
 struct loader_options {
   index_t sequence_length;  ///< T: a sequence has T inputs and T targets
@@ -177,7 +209,8 @@ token_batch data_loader<Source>::next(index_t sequences) {
                       " sequences); wanted >= 1");
   }
   const index_t T = options_.sequence_length;
-  token_batch batch{tensor<std::int32_t, 2>(sequences, T), tensor<std::int32_t, 2>(sequences, T)};
+  token_batch batch{
+      tensor<std::int32_t, 2>(sequences, T), tensor<std::int32_t, 2>(sequences, T), {}};
   const loader_state before = state_;
   try {
     for (index_t b = 0; b < sequences; ++b) {

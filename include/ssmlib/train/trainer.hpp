@@ -13,7 +13,9 @@
 
 namespace ssm {
 
-/// Gives out batches and can be put back: data_loader, or a user's own for other data.
+/// Gives out batches and can be put back: data_loader, or a user's own for other data. Batches are
+/// handed to the loss as they are: those with a layout (see pack_documents) train on documents of
+/// any lengths.
 template <class L>
 concept Loader = requires(L& loader, index_t n) {
   loader.next(n);

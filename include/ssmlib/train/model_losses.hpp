@@ -1,0 +1,86 @@
+#pragma once
+
+#include <ssmlib/lower/elementwise.hpp>
+#include <ssmlib/model/language_model.hpp>
+#include <ssmlib/train/data.hpp>
+#include <ssmlib/train/gradient.hpp>
+#include <ssmlib/train/losses.hpp>
+#include <ssmlib/train/next_token.hpp>
+
+#include <concepts>
+#include <cstdint>
+
+namespace ssm {
+
+namespace detail {
+
+/// 1 where a token has a target, 0 where not; absent if all have one.
+[[nodiscard]] tensor<std::int32_t, 2> target_mask(const token_batch& batch);
+/// @throws value_error  a divisor where the trainer divides.
+void check_sum(const char* operation, const kl_options& options);
+/// @throws shape_error  not as many chosen answers as rejected ones.
+void check_pairs(const char* operation, index_t chosen, index_t rejected);
+
+}  // namespace detail
+
+/// Word-level distillation of one model into another on a batch, for train():
+///
+///     temperature^2 * sum over tokens that have a target of KL(teacher || student)
+///
+/// and what it is to be divided by: those tokens, or with kl_divisor::batch the sequences. Tokens
+/// with no_target (a prompt, padding) do not count; a batch without targets counts all.
+/// @param teacher  not recorded: it gets no gradient
+/// @throws value_error  options.divide_by, which the trainer decides.
+template <LanguageModel Teacher, LanguageModel Student>
+requires std::same_as<typename Teacher::value_type, typename Student::value_type>
+[[nodiscard]] loss_sum<typename Student::value_type> distillation_loss(
+    const Teacher& teacher, const Student& student, const pass<typename Student::value_type>& p,
+    const token_batch& batch, const kl_options& options = {}) {
+  detail::check_sum("distillation_loss", options);
+  const pass<typename Student::value_type> silent{p.ctx, nullptr, false};
+  kl_options undivided = options;
+  undivided.divide_by = 1;
+  const auto kl = lm_kl_divergence(p, student.hidden(p, batch.inputs, batch.layout), student.head(),
+                                   teacher.hidden(silent, batch.inputs, batch.layout),
+                                   teacher.head(), detail::target_mask(batch), undivided);
+  const bool by_tokens = options.divisor == kl_divisor::tokens;
+  return {kl.loss, by_tokens ? kl.tokens : batch.sequences().sequences()};
+}
+
+/// A loss_sum over pairs of answers, and how the policy ranks them.
+template <Real T>
+struct preference_loss_sum : loss_sum<T> {
+  double accuracy = 0;     ///< share of the pairs whose chosen answer has the larger reward
+  double mean_margin = 0;  ///< mean over pairs of the chosen reward minus the rejected one
+};
+
+/// Direct preference optimisation of a model on pairs of answers, for train(): the loss of dpo_loss
+/// summed over pairs. The tokens of an answer are those that have a target; give those of the
+/// prompt no_target.
+/// @param reference         not recorded: it gets no gradient
+/// @param chosen, rejected  sequence i of one is paired with sequence i of the other
+/// @throws shape_error  other numbers of sequences. @throws value_error  beta is not > 0.
+template <LanguageModel Policy, LanguageModel Reference>
+requires std::same_as<typename Policy::value_type, typename Reference::value_type>
+[[nodiscard]] preference_loss_sum<typename Policy::value_type> dpo_loss(
+    const Policy& policy, const Reference& reference, const pass<typename Policy::value_type>& p,
+    const token_batch& chosen, const token_batch& rejected, double beta = 0.1) {
+  using T = typename Policy::value_type;
+  const index_t pairs = chosen.sequences().sequences();
+  detail::check_pairs("dpo_loss", pairs, rejected.sequences().sequences());
+  const auto score = [](const auto& model, const pass<T>& to, const token_batch& b) {
+    return sequence_log_probability(to, model.hidden(to, b.inputs, b.layout), model.head(),
+                                    b.targets, {}, b.layout);
+  };
+  const pass<T> silent{p.ctx, nullptr, false};
+  const dpo_result<T> r =
+      dpo_loss(p, score(policy, p, chosen), score(policy, p, rejected),
+               score(reference, silent, chosen), score(reference, silent, rejected), beta);
+  return {{eval(r.loss * static_cast<T>(pairs), p.tape, p.ctx), pairs}, r.accuracy, r.mean_margin};
+}
+
+}  // namespace ssm
+
+#ifndef SSMLIB_COMPILED
+#include <ssmlib/train/model_losses_impl.hpp>
+#endif
