@@ -256,6 +256,79 @@ TEST_CASE("distill/weight_transfer: Q, K, V and O of attention become C, B, x an
   CHECK_THROWS_WITH(transfer_attention(teacher, small), ssm_test::contains("head count is 2"));
 }
 
+TEST_CASE("distill/weight_transfer: what linear attention has no place for is refused",
+          "[distill][transfer][error]") {
+  using ssm_test::contains;
+  const attention<double> eight({.width = 32, .heads = 4}, 1);
+  const linear_attention<double> two({.width = 32, .heads = 2}, 2);
+  CHECK_THROWS_WITH(transfer_attention(eight, two),
+                    contains("to linear attention: the student's head count is 2, wanted the "
+                             "teacher's 4"));
+  const linear_attention<double> shared({.width = 32, .heads = 4, .kv_heads = 2}, 2);
+  CHECK_THROWS_WITH(transfer_attention(eight, shared), contains("kv_head count is 2"));
+  const linear_attention<double> narrow({.width = 32, .heads = 4, .head_dim = 4}, 2);
+  CHECK_THROWS_WITH(transfer_attention(eight, narrow), contains("head_dim is 4"));
+}
+
+TEST_CASE("distill/weight_transfer: an attention with biases is refused",
+          "[distill][transfer][error]") {
+  using ssm_test::contains;
+  const attention<double> biased({.width = 24, .heads = 4, .bias = true}, 1);
+  const auto says = contains("the teacher's projections have biases");
+  CHECK_THROWS_WITH(
+      transfer_attention(
+          biased,
+          mamba2<double>({.width = 24, .heads = 4, .head_dim = 6, .state = 6, .groups = 4}, 2)),
+      says);
+  CHECK_THROWS_WITH(
+      transfer_attention(
+          biased, discrete_mamba2<double>({.width = 24, .heads = 4, .head_dim = 6, .state = 6}, 2)),
+      says);
+  CHECK_THROWS_WITH(
+      transfer_attention(biased, linear_attention<double>({.width = 24, .heads = 4}, 2)), says);
+}
+
+TEST_CASE("distill/mohawk: a mixer of the same letter with other options is replaced",
+          "[distill][mohawk]") {
+  const language_model<float> teacher(small_config("*-*-"), 1);
+  auto config = small_config("*-*-");
+  const auto change = GENERATE(0, 1, 2, 3);
+  if (change == 0) config.attention.window = 8;
+  if (change == 1) config.attention.kv_heads = 4;  // GQA to MHA
+  if (change == 2) config.attention.rope->base = 500.0;
+  if (change == 3) config.attention.scale = 0.1;
+  const language_model<float> student(config, 2);
+  CHECK(replaced_layers(teacher, student) == std::vector<index_t>{0, 2});
+  CHECK(transfer_weights(teacher, student).size() == teacher.parameters().size() - 8);
+  const auto ids = random_ids(1, 20, 3);
+  const auto loss =
+      mohawk_loss(mohawk_stage::matrix_orientation, teacher, student, pass<float>{}, ids);
+  CHECK(loss.sum(0) > 0.01f);
+}
+
+TEST_CASE("distill/mohawk: options of the start replace no mixer", "[distill][mohawk]") {
+  auto config = small_config("DmM");
+  const language_model<float> teacher(config, 1);
+  config.discrete_mamba2.identity_init = true;
+  config.mamba1.dt_max = 0.2;
+  config.mamba2.a_max = 8;
+  const language_model<float> student(config, 2);
+  CHECK(replaced_layers(teacher, student).empty());
+  CHECK(transfer_weights(teacher, student).size() == teacher.parameters().size());
+}
+
+TEST_CASE("distill/mohawk: stages 1 and 2 with nothing to replace are one sentence",
+          "[distill][mohawk][error]") {
+  const language_model<float> teacher(small_config("*-"), 1), student(small_config("*-"), 2);
+  const auto stage =
+      GENERATE(mohawk_stage::matrix_orientation, mohawk_stage::hidden_state_alignment);
+  const auto says = ssm_test::contains("every mixer of the student \"*-\" is the same function");
+  CHECK_THROWS_WITH(mohawk_trained(stage, teacher, student), says);
+  CHECK_THROWS_WITH(mohawk_loss(stage, teacher, student, pass<float>{}, random_ids(1, 5, 1)), says);
+  CHECK_NOTHROW(mohawk_loss(mohawk_stage::distillation, teacher, student, pass<float>{},
+                            random_ids(1, 5, 1)));
+}
+
 TEST_CASE("distill/mohawk: stages 1 and 2 train the replaced mixers only, stage 3 everything",
           "[distill][mohawk]") {
   const language_model<float> teacher(small_config("*-*-"), 1), student(small_config("*-M-"), 2);

@@ -14,9 +14,29 @@ using ssm_test::small_config;
 
 namespace {
 
-// One layer of each kind, and a stack.
-std::string any_pattern() {
-  return GENERATE(as<std::string>{}, "*", "M", "m", "D", "R", "L", "G", "P", "p", "-", "M-M*-");
+// One layer of each kind, a stack, and sliding windows that are shorter than the sequences.
+model_config any_config() {
+  struct choice {
+    std::string pattern;
+    index_t window;
+  };
+  const auto c = GENERATE(values<choice>({{"*", 0},
+                                          {"M", 0},
+                                          {"m", 0},
+                                          {"D", 0},
+                                          {"R", 0},
+                                          {"L", 0},
+                                          {"G", 0},
+                                          {"P", 0},
+                                          {"p", 0},
+                                          {"-", 0},
+                                          {"M-M*-", 0},
+                                          {"*", 7},
+                                          {"*", 1},
+                                          {"P-*M", 20}}));
+  auto config = small_config(c.pattern);
+  config.attention.window = c.window;
+  return config;
 }
 
 template <class T>
@@ -35,9 +55,9 @@ tensor<T, 3> in_pieces(const language_model<T>& m, model_state& state,
 }  // namespace
 
 TEST_CASE("model/language_model: pieces from a state equal one pass", "[model][language_model]") {
-  const std::string pattern = any_pattern();
-  CAPTURE(pattern);
-  const language_model<double> m(small_config(pattern), 1);
+  const model_config config = any_config();
+  CAPTURE(config.pattern, config.attention.window);
+  const language_model<double> m(config, 1);
   const auto ids = random_ids(2, 70, 2);
   const auto whole = m.hidden({}, ids);
   auto state = m.initial_state(2);
@@ -48,9 +68,9 @@ TEST_CASE("model/language_model: pieces from a state equal one pass", "[model][l
 
 TEST_CASE("model/language_model: small steps have the same bits whatever the split and the batch",
           "[model][language_model]") {
-  const std::string pattern = any_pattern();
-  CAPTURE(pattern);
-  const language_model<float> m(small_config(pattern), 1);
+  const model_config config = any_config();
+  CAPTURE(config.pattern, config.attention.window);
+  const language_model<float> m(config, 1);
   const auto ids = random_ids(3, 33, 3);
   auto by_one = m.initial_state(3), by_many = m.initial_state(3);
   const auto ones = in_pieces(m, by_one, ids, {1});
@@ -64,9 +84,9 @@ TEST_CASE("model/language_model: small steps have the same bits whatever the spl
 
 TEST_CASE("model/language_model: rollback restores the state, per sequence, to the bit",
           "[model][language_model]") {
-  const std::string pattern = any_pattern();
-  CAPTURE(pattern);
-  const language_model<float> m(small_config(pattern), 1);
+  const model_config config = any_config();
+  CAPTURE(config.pattern, config.attention.window);
+  const language_model<float> m(config, 1);
   const auto ids = random_ids(2, 40, 4);
   auto state = m.initial_state(2, 4);
   (void)m.advance({}, state, ids.slice(1, 0, 30).contiguous());
@@ -105,9 +125,9 @@ TEST_CASE("model/language_model: more than max_rollback is refused and changes n
 
 TEST_CASE("model/language_model: a packed batch equals its sequences, to the bit",
           "[model][language_model]") {
-  const std::string pattern = any_pattern();
-  CAPTURE(pattern);
-  const language_model<float> m(small_config(pattern), 1);
+  const model_config config = any_config();
+  CAPTURE(config.pattern, config.attention.window);
+  const language_model<float> m(config, 1);
   const std::vector<index_t> lengths = {17, 0, 1, 70, 4};
   const auto layout = sequence_layout::from_lengths(lengths);
   const auto ids = random_ids(1, layout.tokens(), 6);
@@ -121,8 +141,8 @@ TEST_CASE("model/language_model: a packed batch equals its sequences, to the bit
 
 TEST_CASE("model/language_model: gradients of every parameter equal finite differences",
           "[model][language_model][slow]") {
-  const std::string pattern = any_pattern();
-  const language_model<double> m(small_config(pattern), 1);
+  const model_config config = any_config();
+  const language_model<double> m(config, 1);
   const auto ids = random_ids(2, 21, 7);
   const token_batch batch{ids.slice(1, 0, 20).contiguous(), ids.slice(1, 1, 21).contiguous()};
   tape<double> t;
@@ -134,7 +154,7 @@ TEST_CASE("model/language_model: gradients of every parameter equal finite diffe
   t.backward();
   const auto value = [&] { return next_token_loss(m, pass<double>{}, batch).sum(0); };
   for (const auto& p : parameters) {
-    CAPTURE(pattern, p.name);
+    CAPTURE(config.pattern, config.attention.window, p.name);
     const auto gradient = t.gradient(p.value);
     const auto direction = normal<double, 1>(p.value.extents(), 1, 8);
     const auto original = p.value.clone();
@@ -187,9 +207,9 @@ TEST_CASE("model/language_model: checkpointing changes no bit of the gradient",
 
 TEST_CASE("model/language_model: results do not depend on the number of threads",
           "[model][language_model][threads]") {
-  const std::string pattern = any_pattern();
-  CAPTURE(pattern);
-  const language_model<float> m(small_config(pattern), 1);
+  const model_config config = any_config();
+  CAPTURE(config.pattern, config.attention.window);
+  const language_model<float> m(config, 1);
   const auto ids = random_ids(2, 65, 9);
   const cpu::context one(1), three(3);
   CHECK(largest_difference(m.hidden({.ctx = one}, ids), m.hidden({.ctx = three}, ids)) == 0.0);
