@@ -2,6 +2,7 @@
 
 #include <ssmlib/lower/elementwise.hpp>
 #include <ssmlib/model/language_model.hpp>
+#include <ssmlib/nn/linear.hpp>
 #include <ssmlib/train/data.hpp>
 #include <ssmlib/train/gradient.hpp>
 #include <ssmlib/train/losses.hpp>
@@ -16,6 +17,12 @@ namespace detail {
 
 /// 1 where a token has a target, 0 where not; absent if all have one.
 [[nodiscard]] tensor<std::int32_t, 2> target_mask(const token_batch& batch);
+/// The head, with its own copy of the parameters if the tape would give these a gradient.
+template <Real T>
+[[nodiscard]] linear<T> unwatched(const linear<T>& head, const tape<T>* t) {
+  const bool watched = t != nullptr && (t->wants(head.weight) || t->wants(head.bias));
+  return watched ? with_own_parameters(head) : head;
+}
 /// @throws value_error  a divisor where the trainer divides.
 void check_sum(const char* operation, const kl_options& options);
 /// @throws shape_error  not as many chosen answers as rejected ones.
@@ -42,7 +49,8 @@ requires std::same_as<typename Teacher::value_type, typename Student::value_type
   undivided.divide_by = 1;
   const auto kl = lm_kl_divergence(p, student.hidden(p, batch.inputs, batch.layout), student.head(),
                                    teacher.hidden(silent, batch.inputs, batch.layout),
-                                   teacher.head(), detail::target_mask(batch), undivided);
+                                   detail::unwatched(teacher.head(), p.tape),
+                                   detail::target_mask(batch), undivided);
   const bool by_tokens = options.divisor == kl_divisor::tokens;
   return {kl.loss, by_tokens ? kl.tokens : batch.sequences().sequences()};
 }
