@@ -50,18 +50,23 @@ SSMLIB_INLINE void throw_foreign_layer_state(bool holds_nothing) {
         return "a layer";
     }
   };
-  return name(pattern[i]) + (" ('" + std::string(1, pattern[i]) + "')");
+  std::string text = name(pattern[i]);
+  text += " ('";
+  text += pattern[i];
+  return text += "')";
 }
 
 }  // namespace detail
 
 SSMLIB_INLINE void model_state::check_model(std::string_view pattern,
                                             std::span<const any_state> wanted) const {
-  const std::string model = "\"" + std::string(pattern) + "\"";
+  std::string model = "\"";  // in steps: g++ 12 warns about its own operator+
+  model += pattern;
+  model += '"';
   if (layers_.empty() && !wanted.empty()) {
     throw value_error(
-        "ssm: advance: the state has no layers, as one that has been moved from, the " +
-        ("model " + model) + " has " + std::to_string(wanted.size()) +
+        "ssm: advance: the state has no layers, as one that has been moved from, the model " +
+        model + " has " + std::to_string(wanted.size()) +
         "; make the state with the model's initial_state()");
   }
   const std::string_view mine = this->pattern();
