@@ -3,6 +3,8 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/ssd_backward.hpp>
 
+#include <algorithm>
+
 namespace ssm::kernels {
 
 /// Gradients with respect to the states. Absent: zero, and not wanted.
