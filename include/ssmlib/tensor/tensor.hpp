@@ -31,7 +31,8 @@ void fill_elements(void* to, const strided_axes& axes, const void* value,
                                     std::span<const index_t> extents, std::span<index_t> strides);
 void check_extents(std::span<const index_t> extents);
 void check_copy(std::span<const index_t> from, std::span<const index_t> to);
-void check_slice(int axis, index_t begin, index_t end, std::span<const index_t> extents);
+[[noreturn]] void throw_slice(int axis, index_t begin, index_t end,
+                              std::span<const index_t> extents);
 [[noreturn]] void throw_reshape(std::span<const index_t> from, std::span<const index_t> to,
                                 bool same_count);
 }  // namespace detail
@@ -197,7 +198,9 @@ class tensor {
 
   /// The part [begin, end) of axis d, sharing the elements. @throws shape_error  out of range.
   [[nodiscard]] tensor slice(int d, index_t begin, index_t end) const {
-    detail::check_slice(d, begin, end, extents_);
+    if (d < 0 || d >= Rank || begin < 0 || end < begin || end > extent(d)) {
+      detail::throw_slice(d, begin, end, extents_);
+    }
     tensor out = *this;
     out.extents_[static_cast<std::size_t>(d)] = end - begin;
     if (data_) out.data_ = data_ + begin * strides_[static_cast<std::size_t>(d)];

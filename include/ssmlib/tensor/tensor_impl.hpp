@@ -134,15 +134,11 @@ SSMLIB_INLINE void check_copy(std::span<const index_t> from, std::span<const ind
   }
 }
 
-SSMLIB_INLINE void check_slice(int axis, index_t begin, index_t end,
+SSMLIB_INLINE void throw_slice(int axis, index_t begin, index_t end,
                                std::span<const index_t> extents) {
-  const bool valid = axis >= 0 && axis < static_cast<int>(extents.size()) && begin >= 0 &&
-                     end >= begin && end <= extents[static_cast<std::size_t>(axis)];
-  if (!valid) {
-    throw shape_error("ssm: slice(axis " + std::to_string(axis) + ", " + std::to_string(begin) +
-                      ", " + std::to_string(end) + ") of " + to_string(extents) +
-                      " is out of range; wanted 0 <= begin <= end <= extent");
-  }
+  throw shape_error("ssm: slice(axis " + std::to_string(axis) + ", " + std::to_string(begin) +
+                    ", " + std::to_string(end) + ") of " + to_string(extents) +
+                    " is out of range; wanted 0 <= begin <= end <= extent");
 }
 
 SSMLIB_INLINE void throw_reshape(std::span<const index_t> from, std::span<const index_t> to,
