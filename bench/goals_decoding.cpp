@@ -88,7 +88,7 @@ void add_allocation_rows(const ssm::cpu::context& ctx, std::vector<goal_row>& ro
       allocation_row("generate() of 1,000 tokens, its result included", generate(counted_steps));
   goal_row twice = allocation_row("", generate(2 * counted_steps));
   whole.measured += "; of 2,000: " + twice.measured;
-  whole.goal = "-";
+  whole.goal = std::string("-");
   whole.verdict = verdict::information;
   rows.push_back(std::move(whole));
 }
