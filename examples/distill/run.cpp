@@ -42,7 +42,7 @@ using ssm::mohawk_stage;
 // it trains and whatever came before it. Stage 3's, on which the variants that skip stages depend
 // most, is the option --stage3-rate.
 struct plan {
-  index_t teacher = 270, stage1 = 20, stage2 = 45, stage3 = 75, draft = 60;
+  index_t teacher = 360, stage1 = 20, stage2 = 45, stage3 = 75, draft = 60;
   double teacher_rate = 3e-3, stage1_rate = 3e-3, stage2_rate = 3e-3;
 };
 
