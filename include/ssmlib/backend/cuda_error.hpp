@@ -3,6 +3,7 @@
 #include <ssmlib/base/error.hpp>
 
 #include <cuda_runtime_api.h>
+
 #include <string>
 
 /// Throws ssm::backend_error with the call and the driver's reason unless it succeeded.

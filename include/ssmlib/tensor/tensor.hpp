@@ -10,7 +10,6 @@
 #include <atomic>
 #include <concepts>
 #include <cstring>
-#include <new>
 #include <span>
 #include <utility>
 
@@ -44,16 +43,22 @@ class buffer {
   using resource = typename B::memory_resource;
 
   buffer() = default;
-  explicit buffer(std::size_t bytes) : block_(create(bytes)) {}
-  buffer(const buffer& other) noexcept : block_(other.block_) { acquire(); }
+  explicit buffer(std::size_t bytes) : block_(resource::create(bytes)) {}
+  buffer(const buffer& other) noexcept : block_(other.block_) {
+    if (block_) block_->count.fetch_add(1, std::memory_order_relaxed);
+  }
   buffer(buffer&& other) noexcept : block_(std::exchange(other.block_, nullptr)) {}
   buffer& operator=(buffer other) noexcept {
     std::swap(block_, other.block_);
     return *this;
   }
-  ~buffer() { release(); }
+  ~buffer() {
+    if (block_ && block_->count.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      resource::destroy(block_);
+    }
+  }
 
-  [[nodiscard]] void* data() const { return block_ ? block_ + 1 : nullptr; }
+  [[nodiscard]] void* data() const { return block_ ? block_->data : nullptr; }
   [[nodiscard]] std::size_t bytes() const { return block_ ? block_->bytes : 0; }
   [[nodiscard]] const void* id() const { return block_; }
   [[nodiscard]] index_t use_count() const {
@@ -61,30 +66,7 @@ class buffer {
   }
 
  private:
-  struct alignas(resource::alignment) header {
-    std::atomic<index_t> count{1};
-    std::size_t bytes = 0;
-  };
-
-  static header* create(std::size_t bytes) {
-    void* raw = resource::instance().allocate(sizeof(header) + bytes);
-    auto* block = new (raw) header;
-    block->bytes = bytes;
-    return block;
-  }
-  void acquire() const {
-    if (block_) block_->count.fetch_add(1, std::memory_order_relaxed);
-  }
-  void release() {
-    if (block_ && block_->count.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      const std::size_t bytes = block_->bytes;
-      block_->~header();
-      resource::instance().deallocate(block_, sizeof(header) + bytes);
-    }
-    block_ = nullptr;
-  }
-
-  header* block_ = nullptr;
+  memory_block* block_ = nullptr;
 };
 
 /// A tensor of rank 1 to 4, stored (batch, time, head, feature), last index fastest, possibly a
