@@ -5,5 +5,6 @@
 
 #include <ssmlib/io/atomic_file.hpp>
 #include <ssmlib/io/checkpoint.hpp>
+#include <ssmlib/io/parameters.hpp>
 #include <ssmlib/io/safetensors.hpp>
 #include <ssmlib/io/token_files.hpp>

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A header includes its own folder and lower layers only; the umbrellas stand above all folders.
-# Eigen stays in kernels/ and in files named *_impl.hpp, the JSON library in io/.
+# Eigen stays in kernels/ and in files named *_impl.hpp, the JSON library in io/. The umbrellas reach
+# every header.
 set -euo pipefail
 cd "$(dirname "$0")/../../include/ssmlib"
 
@@ -53,6 +54,20 @@ while IFS= read -r header; do
     fi
   done < <(sed -nE 's/^[[:space:]]*#[[:space:]]*include[[:space:]]*([<"][^>"]*[>"]).*/\1/p' "$header")
 done < <(find . -name '*.hpp' | sort)
+
+# What the umbrellas do not include, nobody finds.
+reached=$(printf '%s\n' ssmlib.hpp io.hpp | sort)
+while :; do
+  next=$({
+    echo "$reached"
+    xargs sed -nE 's/^[[:space:]]*#[[:space:]]*include[[:space:]]*<ssmlib\/([^>]*)>.*/\1/p' <<<"$reached"
+  } | sort -u)
+  [[ $next != "$reached" ]] || break
+  reached=$next
+done
+while IFS= read -r header; do
+  fail "$header: neither ssmlib.hpp nor io.hpp includes it, directly or not"
+done < <(comm -13 <(echo "$reached") <(find . -name '*.hpp' | cut -c3- | sort))
 
 echo "$count headers, $failures failures"
 ((count > 0 && failures == 0))

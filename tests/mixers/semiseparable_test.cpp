@@ -685,3 +685,23 @@ TEST_CASE("mixers/wrappers: normalised rows and a diagonal work over a mixer wit
   }
   CHECK(dd(1) == ssm_test::approx(expected));
 }
+
+TEST_CASE("mixers/semiseparable: without tokens, the initial state gets the final one's gradient",
+          "[mixers][semiseparable][grad]") {
+  sizes s;
+  s.length = 0;
+  operands<double>(s).for_each([](const char* name, const auto& e) {
+    using E = std::remove_cvref_t<decltype(e)>;
+    if constexpr (RecurrentMixer<typename E::mixer_type>) {
+      CAPTURE(name);
+      const auto extents = e.extents();
+      const shape<4> state{layout_of(e.mixer).sequences(), extents[2], e.mixer.key_size(),
+                           e.mixer.state_features(extents[3])};
+      const auto d_final = uniform<double, 4>(state, -1, 1, 23);
+      const auto d_initial = tensor<double, 4>::zeros(state);
+      E gradients = zeros_like(e);
+      vjp_into(e, tensor<double, 4>(extents), gradients, {{}, d_final, d_initial});
+      CHECK(relative_error(d_initial, d_final) == 0);
+    }
+  });
+}

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <set>
+#include <utility>
 
 using namespace ssm;
 using ssm_test::contains;
@@ -52,6 +53,18 @@ TEST_CASE("tensor/tensor: copies share, clones do not", "[tensor][tensor]") {
   CHECK(cloned(0, 1, 2) == 5);
   CHECK(share_storage(a, shared));
   CHECK_FALSE(share_storage(a, cloned));
+}
+
+TEST_CASE("tensor/tensor: what is moved from holds nothing", "[tensor][tensor]") {
+  auto a = counted(1, 2, 3);
+  const auto b = std::move(a);
+  CHECK(b.storage().use_count() == 1);
+  CHECK_FALSE(a);  // NOLINT(bugprone-use-after-move): that is the claim
+  CHECK(a.size() == 0);
+  CHECK(a.extents() == shape<3>{});
+  CHECK(a.data() == nullptr);
+  a = b;
+  CHECK(a(0, 1, 2) == 5);
 }
 
 TEST_CASE("tensor/tensor: slices out of range and negative extents are refused",

@@ -129,7 +129,10 @@ void vjp_into(const mix<M, R, Alg>& e, const tensor<typename M::value_type, 4>& 
     throw shape_error("ssm: vjp: the result is " + to_string<4>(e.extents()) + ", dy is " +
                       to_string<4>(dy.extents()) + "; wanted the same");
   }
-  if (dy.size() == 0) return;
+  if (dy.size() == 0) {  // no token: the final state is the initial one
+    if (c.d_final && c.d_initial) detail::add_to(c.d_initial, c.d_final);
+    return;
+  }
   detail::with_concrete_algorithm(e, [&](auto algorithm) {
     static_assert(
         requires {

@@ -85,6 +85,21 @@ class tensor {
   static constexpr int rank = Rank;
 
   tensor() = default;
+  tensor(const tensor&) = default;
+  /// What is moved from holds nothing, as a default tensor.
+  tensor(tensor&& other) noexcept
+      : buffer_(std::move(other.buffer_)),
+        data_(std::exchange(other.data_, nullptr)),
+        extents_(std::exchange(other.extents_, {})),
+        strides_(std::exchange(other.strides_, {})) {}
+  tensor& operator=(tensor other) noexcept {
+    std::swap(buffer_, other.buffer_);
+    std::swap(data_, other.data_);
+    std::swap(extents_, other.extents_);
+    std::swap(strides_, other.strides_);
+    return *this;
+  }
+  ~tensor() = default;
 
   /// Uninitialised elements. @throws shape_error  a negative extent.
   explicit tensor(const shape<Rank>& extents)
