@@ -20,11 +20,6 @@ using demo::escape_html;
 using demo_test::temporary_folder;
 using ssm_test::contains;
 
-std::string read(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
 std::uint32_t big_endian(std::string_view bytes) {
   std::uint32_t value = 0;
   for (int i = 0; i < 4; ++i)
