@@ -42,6 +42,8 @@ struct cuda {
    public:
     /// @throws backend_error  there is no such device, or no driver.
     explicit context(int device = 0);
+    /// The context that new tensors of this thread belong to: see cuda_scope.
+    [[nodiscard]] static context current();
 
     [[nodiscard]] int device() const;
     [[nodiscard]] cudaStream_t stream() const;
@@ -62,6 +64,8 @@ struct cuda {
    private:
     friend struct cuda_memory;
     friend class cuda_scope;
+    explicit context(std::shared_ptr<detail::cuda_state> state) : state_(std::move(state)) {}
+
     std::shared_ptr<detail::cuda_state> state_;
   };
 

@@ -87,6 +87,10 @@ SSMLIB_INLINE int cuda::device_count() {
 SSMLIB_INLINE cuda::context::context(int device)
     : state_(std::make_shared<detail::cuda_state>(device)) {}
 
+SSMLIB_INLINE cuda::context cuda::context::current() {
+  return detail::current_cuda ? context(detail::current_cuda) : default_context<cuda>();
+}
+
 SSMLIB_INLINE int cuda::context::device() const {
   return state_->device;
 }
@@ -128,7 +132,7 @@ SSMLIB_INLINE void cuda::context::trim() const {
 }
 
 SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
-  const auto& owner = detail::current_cuda ? detail::current_cuda : default_context<cuda>().state_;
+  const auto owner = cuda::context::current().state_;
   const detail::device_guard guard(owner->device);
   auto block = std::make_unique<detail::cuda_block>();
   block->bytes = bytes;
