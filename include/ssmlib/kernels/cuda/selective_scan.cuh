@@ -1,0 +1,457 @@
+#pragma once
+
+#include <ssmlib/kernels/cuda/activation.cuh>
+#include <ssmlib/kernels/cuda/selective.hpp>
+
+/// @file
+/// The scan itself, for the forward pass and for the states between cuts of time. A warp owns
+/// 2 * 32 / Lanes neighbouring channels of one cut, and a lane Own states of two of them, in
+/// registers. Warps share nothing and never wait for each other. Every 16 tokens a warp turns its
+/// rows of dt, u, b, c into steps and inputs in shared memory, where the lanes read them; the
+/// partial sums over states go back there, and the same lanes that made the steps finish y.
+///
+/// What bounds it: 16 exponentials a token and channel at 16 a clock and multiprocessor.
+
+namespace ssm::kernels::cuda::detail {
+
+inline constexpr int scan_tokens = static_cast<int>(selective_checkpoint_tokens);
+
+template <class T>
+struct selective_arguments {
+  selective_problem<T> p;
+  index_t groups, group_channels;
+  index_t segments, segment_length;  // of a sequence; lengths are multiples of scan_tokens
+  bool paired;                       // rows of channels can be read two at a time
+  bool quads;                        // rows of states can be read four at a time
+  index_t channels, states;
+
+  [[nodiscard]] __host__ __device__ index_t units() const { return p.sequences * segments; }
+};
+
+/// One cut of a sequence.
+struct token_range {
+  index_t sequence, segment, first, begin, end;  // `first`: of the sequence
+  bool last;                                     // the sequence ends here
+
+  /// Which kept state stands before token t, a multiple of scan_tokens from the first one.
+  [[nodiscard]] __device__ index_t checkpoint(index_t t) const {
+    return first / scan_tokens + sequence + (t - first) / scan_tokens;
+  }
+};
+
+template <class T>
+SSMLIB_DEVICE token_range range_of(const selective_arguments<T>& o, index_t unit) {
+  token_range r;
+  r.sequence = unit / o.segments;
+  r.segment = unit % o.segments;
+  r.first = o.p.offsets ? o.p.offsets[r.sequence] : r.sequence * o.p.max_length;
+  const index_t stop = o.p.offsets ? o.p.offsets[r.sequence + 1] : r.first + o.p.max_length;
+  r.begin = min(r.first + r.segment * o.segment_length, stop);
+  r.end = min(r.begin + o.segment_length, stop);
+  r.last = r.end == stop && (r.begin < r.end || r.segment == 0);
+  return r;
+}
+
+/// How the lanes of a warp share channels and states.
+template <int Own, int Lanes>
+struct lane_layout {
+  static constexpr int states = Own * Lanes;
+  static constexpr int pairs = 32 / Lanes;     // of channels
+  static constexpr int channels = 2 * pairs;
+  // Pairs of channels of one tile of tokens that a lane turns into steps: always the same
+  // channels, at tokens `pairs` lanes apart.
+  static constexpr int items = scan_tokens / Lanes > 0 ? scan_tokens / Lanes : 1;
+  static constexpr int item_step = 32 / pairs;  // tokens
+
+  int lane = static_cast<int>(threadIdx.x % 32);
+  int state = lane % Lanes * Own;  // the first one
+  int pair = lane / Lanes;
+  int item_pair = lane % pairs, item_token = lane / pairs;
+};
+
+/// Which channels a warp has: the first, how many of them exist, and the groups.
+struct channel_range {
+  index_t begin, count, b_group, c_group;
+};
+
+template <class T>
+SSMLIB_DEVICE channel_range channels_of(const selective_arguments<T>& o, index_t tile,
+                                        index_t tile_channels) {
+  const index_t tiles = (o.group_channels + tile_channels - 1) / tile_channels;
+  const index_t group = tile / tiles, offset = tile % tiles * tile_channels;
+  return {group * o.group_channels + offset, min(tile_channels, o.group_channels - offset),
+          group * o.p.b.extents[1] / o.groups, group * o.p.c.extents[1] / o.groups};
+}
+
+/// The states of a lane, two channels of Own numbers, from rows of N dense numbers.
+template <int Own, class R>
+SSMLIB_DEVICE void load_rows(const R* from, index_t states, int state, int channels,
+                             R (&to)[2][Own]) {
+  const bool dense = states % Own == 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int valid = i < channels ? static_cast<int>(min(index_t{Own}, states - state)) : 0;
+    const auto row = load_numbers<Own>(from + i * states + state, valid, dense);
+#pragma unroll
+    for (int j = 0; j < Own; ++j)
+      to[i][j] = row.v[j];
+  }
+}
+template <int Own, class R>
+SSMLIB_DEVICE void store_rows(const R (&from)[2][Own], index_t states, int state, int channels,
+                              R* to) {
+  const bool dense = states % Own == 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int valid = i < channels ? static_cast<int>(min(index_t{Own}, states - state)) : 0;
+    numbers<R, Own> row;
+#pragma unroll
+    for (int j = 0; j < Own; ++j)
+      row.v[j] = from[i][j];
+    store_numbers<Own>(to + i * states + state, row, valid, dense);
+  }
+}
+/// The same with strides, for what the caller owns.
+template <int Own, class R>
+SSMLIB_DEVICE void load_strided(const R* from, index_t channel_stride, index_t state_stride,
+                                index_t states, int state, int channels, R (&to)[2][Own]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < Own; ++j) {
+      const bool valid = i < channels && state + j < states;
+      to[i][j] = valid ? from[i * channel_stride + (state + j) * state_stride] : R(0);
+    }
+}
+template <int Own, class R, class To>
+SSMLIB_DEVICE void store_strided(const R (&from)[2][Own], index_t channel_stride,
+                                 index_t state_stride, index_t states, int state, int channels,
+                                 bool add, To* to) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < Own; ++j) {
+      if (i >= channels || state + j >= states) continue;
+      To& x = to[i * channel_stride + (state + j) * state_stride];
+      x = add ? x + from[i][j] : from[i][j];
+    }
+}
+
+/// Rows [begin, begin + scan_tokens) of b or c, widened, padded with zeros to States numbers.
+template <int States, int Threads, class T>
+class state_rows {
+ public:
+  using real = accum_t<T>;
+  static constexpr int quads = scan_tokens * States / 4;
+  static constexpr int share = (quads + Threads - 1) / Threads;
+  static constexpr bool held = share <= 4;  // in registers, ahead of their use
+
+  struct source {
+    const view<const T, 3>& from;
+    index_t group, begin, end;
+    bool aligned;
+  };
+
+  SSMLIB_DEVICE void load(const source& s, int thread) {
+    if constexpr (held) {
+#pragma unroll
+      for (int k = 0; k < share; ++k)
+        raw_[k] = quad(s, thread + k * Threads);
+    }
+  }
+  SSMLIB_DEVICE void store(const source& s, real* to, int thread) const {
+#pragma unroll(held ? share : 2)
+    for (int k = 0; k < share; ++k) {
+      const int i = thread + k * Threads;
+      if (quads % Threads != 0 && i >= quads) continue;
+      numbers<T, 4> raw;
+      if constexpr (held) {
+        raw = raw_[k];
+      } else {
+        raw = quad(s, i);
+      }
+      numbers<real, 4> wide;
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        wide.v[j] = widen(raw.v[j]);
+      reinterpret_cast<numbers<real, 4>*>(to)[i] = wide;
+    }
+  }
+
+ private:
+  SSMLIB_DEVICE static numbers<T, 4> quad(const source& s, int i) {
+    const int t = i / (States / 4), n = i % (States / 4) * 4;
+    const bool valid = i < quads && s.begin + t < s.end;
+    const int count = valid ? static_cast<int>(min(index_t{4}, s.from.extents[2] - n)) : 0;
+    return load_numbers<4>(
+        s.from.data + (s.begin + t) * s.from.strides[0] + s.group * s.from.strides[1] + n, count,
+        s.aligned);
+  }
+
+  numbers<T, 4> raw_[held ? share : 1];
+};
+
+enum class scan_mode {
+  outputs,  ///< y
+  states,   ///< states only: h = exp(delta a) h + delta b u
+  reversed  ///< from the last token to the first: g = exp(delta a) (g + c dy silu(gate))
+};
+
+/// What a scan starts from and leaves; everything but y may be null.
+template <class T>
+struct scan_targets {
+  using real = accum_t<T>;
+  view<T, 2> y{};
+  view<real, 3> final{};
+  real* checkpoints = nullptr;   // (chunks, D, N): states before every 16th token
+  const real* starts = nullptr;  // (units, D, N); null: the initial states, then zeros
+  real* ends = nullptr;          // (units, D, N)
+  real* sums = nullptr;          // (units, D): sums of delta
+  view<const T, 2> dy{};         // reversed
+};
+
+template <int Own, int Lanes, scan_mode Mode, class R>
+struct scan_memory {
+  using layout = lane_layout<Own, Lanes>;
+  static constexpr int y_row = 2 * Lanes + 2;  // padded: reads of rows meet every bank once
+  static constexpr bool outputs = Mode == scan_mode::outputs;
+
+  numbers<R, 4> steps[scan_tokens * layout::pairs];  // delta, delta, input, input
+  R first[scan_tokens * layout::states];             // b, or c where time runs back
+  R second[outputs ? scan_tokens * layout::states : 4];
+  R y[outputs ? scan_tokens * layout::pairs * y_row : 4];
+};
+
+inline constexpr int scan_warps(int states) { return states > 64 ? 2 : 4; }
+/// Blocks a multiprocessor, for the registers.
+template <int Own, int Lanes, class T>
+inline constexpr int scan_blocks = Own * Lanes > 16 || sizeof(T) == 8 ? 1 : 4;
+
+template <class T, int Own, int Lanes, scan_mode Mode>
+__global__ void __launch_bounds__(scan_warps(Own* Lanes) * 32, scan_blocks<Own, Lanes, T>)
+    selective_scan_kernel(const __grid_constant__ selective_arguments<T> o,
+                          const __grid_constant__ scan_targets<T> to) {
+  using R = accum_t<T>;
+  using layout = lane_layout<Own, Lanes>;
+  using memory = scan_memory<Own, Lanes, Mode, R>;
+  constexpr bool outputs = Mode == scan_mode::outputs, reversed = Mode == scan_mode::reversed;
+  constexpr int items = layout::items, states = layout::states;
+  extern __shared__ __align__(16) unsigned char shared[];
+  memory& m = reinterpret_cast<memory*>(shared)[threadIdx.x / 32];
+  const layout at;
+
+  const index_t group_tiles = (o.group_channels + layout::channels - 1) / layout::channels;
+  const index_t tiles = o.groups * group_tiles;
+  const index_t id = index_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
+  if (id >= o.units() * tiles) return;
+  const token_range r = range_of(o, id / tiles);
+  if (r.begin == r.end && !r.last && to.ends == nullptr) return;
+  const channel_range range = channels_of(o, id % tiles, layout::channels);
+  const index_t N = o.states, D = o.channels;
+  const index_t channel = range.begin + 2 * at.pair;
+  const int channels = static_cast<int>(range.count) - 2 * at.pair;  // of this lane, if 0 < it < 2
+  const index_t item_channel = range.begin + 2 * at.item_pair;
+  const int item_channels = min(2, max(0, static_cast<int>(range.count) - 2 * at.item_pair));
+
+  R a[2][Own], h[2][Own];
+  load_strided(o.p.a.data + channel * o.p.a.strides[0], o.p.a.strides[0], o.p.a.strides[1], N,
+               at.state, channels, a);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < Own; ++j) {
+      a[i][j] *= R(log2_of_e);
+      h[i][j] = R(0);
+    }
+  if (to.starts) {
+    load_rows(to.starts + ((id / tiles) * D + channel) * N, N, at.state, channels, h);
+  } else if (!reversed && r.segment == 0 && o.p.initial.data) {
+    const auto& s = o.p.initial;
+    load_strided(s.data + r.sequence * s.strides[0] + channel * s.strides[1], s.strides[1],
+                 s.strides[2], N, at.state, channels, h);
+  }
+  R bias[2] = {}, skip[2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (o.p.dt_bias && i < item_channels) bias[i] = o.p.dt_bias[item_channel + i];
+    if (outputs && o.p.skip && i < item_channels) skip[i] = o.p.skip[item_channel + i];
+  }
+  R sums[2] = {};
+
+  const view<const T, 2>& source = reversed ? to.dy : o.p.u;
+  numbers<T, 2> raw_dt[items], raw_in[items], raw_gate[items];
+  const auto load_pair = [&](const view<const T, 2>& from, index_t t, bool valid) {
+    return load_numbers<2>(from.data + t * from.strides[0] + item_channel,
+                           valid ? item_channels : 0, o.paired);
+  };
+  const auto is_token = [&](index_t t0, int k) {
+    const int t = at.item_token + k * layout::item_step;
+    return t < scan_tokens && t0 + t < r.end;
+  };
+  using rows = state_rows<states, 32, T>;
+  const auto first_rows = [&](index_t t0) -> typename rows::source {
+    if constexpr (reversed) return {o.p.c, range.c_group, t0, r.end, o.quads};
+    return {o.p.b, range.b_group, t0, r.end, o.quads};
+  };
+  const auto second_rows = [&](index_t t0) -> typename rows::source {
+    return {o.p.c, range.c_group, t0, r.end, o.quads};
+  };
+  rows first, second;
+  // All but gates of y, which are wanted late.
+  const auto fetch = [&](index_t t0) {
+#pragma unroll
+    for (int k = 0; k < items; ++k) {
+      const index_t t = t0 + at.item_token + k * layout::item_step;
+      const bool valid = is_token(t0, k);
+      raw_dt[k] = load_pair(o.p.dt, t, valid);
+      raw_in[k] = load_pair(source, t, valid);
+      if (reversed && o.p.gate.data) raw_gate[k] = load_pair(o.p.gate, t, valid);
+    }
+    first.load(first_rows(t0), at.lane);
+    if constexpr (outputs) second.load(second_rows(t0), at.lane);
+  };
+
+  const index_t tokens = r.end - r.begin, chunks = (tokens + scan_tokens - 1) / scan_tokens;
+  const auto chunk_begin = [&](index_t k) {
+    return r.begin + (reversed ? chunks - 1 - k : k) * scan_tokens;
+  };
+  if (chunks > 0) fetch(chunk_begin(0));
+  for (index_t k = 0; k < chunks; ++k) {
+    const index_t t0 = chunk_begin(k);
+    if (!reversed && to.checkpoints) {
+      store_rows(h, N, at.state, channels, to.checkpoints + (r.checkpoint(t0) * D + channel) * N);
+    }
+    numbers<T, 2> u[items];
+#pragma unroll
+    for (int i = 0; i < items; ++i) {
+      const int t = at.item_token + i * layout::item_step;
+      if (scan_tokens % layout::item_step != 0 && t >= scan_tokens) continue;
+      const bool valid = is_token(t0, i);
+      numbers<R, 4> step;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        R delta = widen(raw_dt[i].v[e]) + bias[e], in = widen(raw_in[i].v[e]);
+        if (o.p.softplus) delta = softplus(delta);
+        delta = valid ? delta : R(0);  // a step of zero leaves the state as it is
+        if (reversed && o.p.gate.data) in *= silu(widen(raw_gate[i].v[e]));
+        step.v[e] = delta;
+        step.v[2 + e] = reversed ? in : delta * in;
+      }
+      m.steps[t * layout::pairs + at.item_pair] = step;
+      u[i] = raw_in[i];
+    }
+    first.store(first_rows(t0), m.first, at.lane);
+    if constexpr (outputs) second.store(second_rows(t0), m.second, at.lane);
+    __syncwarp();
+    if (k + 1 < chunks) fetch(chunk_begin(k + 1));
+    if constexpr (outputs) {
+      if (o.p.gate.data) {
+#pragma unroll
+        for (int i = 0; i < items; ++i) {
+          raw_gate[i] =
+              load_pair(o.p.gate, t0 + at.item_token + i * layout::item_step, is_token(t0, i));
+        }
+      }
+    }
+
+#pragma unroll 4
+    for (int s = 0; s < scan_tokens; ++s) {
+      const int t = reversed ? scan_tokens - 1 - s : s;
+      const numbers<R, 4> step = m.steps[t * layout::pairs + at.pair];
+      const auto b = *reinterpret_cast<const numbers<R, Own>*>(m.first + t * states + at.state);
+      numbers<R, Own> c{};
+      if constexpr (outputs) {
+        c = *reinterpret_cast<const numbers<R, Own>*>(m.second + t * states + at.state);
+      } else {
+        sums[0] += step.v[0];
+        sums[1] += step.v[1];
+      }
+      numbers<R, 2> y{};
+#pragma unroll
+      for (int j = 0; j < Own; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const R decay = power_of_two(step.v[i] * a[i][j]);
+          if constexpr (reversed) {
+            h[i][j] = decay * fma(step.v[2 + i], b.v[j], h[i][j]);
+          } else {
+            h[i][j] = fma(decay, h[i][j], step.v[2 + i] * b.v[j]);
+          }
+          if constexpr (outputs) y.v[i] = fma(c.v[j], h[i][j], y.v[i]);
+        }
+      if constexpr (outputs) {
+        *reinterpret_cast<numbers<R, 2>*>(m.y + (t * layout::pairs + at.pair) * memory::y_row +
+                                          2 * (at.lane % Lanes)) = y;
+      }
+    }
+    __syncwarp();
+
+    if constexpr (outputs) {
+#pragma unroll
+      for (int i = 0; i < items; ++i) {
+        const int t = at.item_token + i * layout::item_step;
+        if (scan_tokens % layout::item_step != 0 && t >= scan_tokens) continue;
+        const auto* parts = reinterpret_cast<const numbers<R, 2>*>(
+            m.y + (t * layout::pairs + at.item_pair) * memory::y_row);
+        numbers<R, 2> y = parts[0];
+#pragma unroll
+        for (int l = 1; l < Lanes; ++l) {
+          y.v[0] += parts[l].v[0];
+          y.v[1] += parts[l].v[1];
+        }
+        numbers<T, 2> out;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          y.v[e] = fma(skip[e], widen(u[i].v[e]), y.v[e]);
+          if (o.p.gate.data) y.v[e] *= silu(widen(raw_gate[i].v[e]));
+          out.v[e] = narrow<T>(y.v[e]);
+        }
+        if (is_token(t0, i)) {
+          store_numbers<2>(to.y.data + (t0 + t) * to.y.strides[0] + item_channel, out,
+                           item_channels, o.paired);
+        }
+      }
+    }
+  }
+
+  if (!reversed && to.final.data && r.last) {
+    const auto& s = to.final;
+    store_strided(h, s.strides[1], s.strides[2], N, at.state, channels, false,
+                  s.data + r.sequence * s.strides[0] + channel * s.strides[1]);
+  }
+  if constexpr (!outputs) {
+    if (to.ends == nullptr) return;
+    store_rows(h, N, at.state, channels, to.ends + ((id / tiles) * D + channel) * N);
+    if (at.lane % Lanes == 0) {
+      for (int i = 0; i < min(2, channels); ++i)
+        to.sums[(id / tiles) * D + channel + i] = sums[i];
+    }
+  }
+}
+
+/// From what every cut makes of the state zero to the state that it starts from, in place;
+/// `reversed` from the last cut to the first. `left` takes what remains after the last one.
+template <class T>
+__global__ void join_segments_kernel(const __grid_constant__ selective_arguments<T> o,
+                                     accum_t<T>* ends, const accum_t<T>* sums,
+                                     view<const accum_t<T>, 3> initial, bool reversed) {
+  using R = accum_t<T>;
+  const index_t N = o.states, D = o.channels;
+  const index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= o.p.sequences * D * N) return;
+  const index_t n = i % N, c = i / N % D, sequence = i / (N * D);
+  const R a = o.p.a.data[c * o.p.a.strides[0] + n * o.p.a.strides[1]] * R(log2_of_e);
+  R state = R(0);
+  if (initial.data) {
+    state = initial.data[sequence * initial.strides[0] + c * initial.strides[1] +
+                         n * initial.strides[2]];
+  }
+  for (index_t k = 0; k < o.segments; ++k) {
+    const index_t unit = sequence * o.segments + (reversed ? o.segments - 1 - k : k);
+    const R own = ends[(unit * D + c) * N + n];
+    ends[(unit * D + c) * N + n] = state;
+    state = fma(power_of_two(a * sums[unit * D + c]), state, own);
+  }
+}
+
+}  // namespace ssm::kernels::cuda::detail
