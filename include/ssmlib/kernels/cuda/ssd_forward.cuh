@@ -1,0 +1,280 @@
+#pragma once
+
+#include <ssmlib/kernels/cuda/hopper.cuh>
+#include <ssmlib/kernels/cuda/ssd_general.cuh>
+#include <ssmlib/kernels/cuda/ssd_tile.cuh>
+
+#include <algorithm>
+
+namespace ssm::kernels::cuda {
+
+namespace detail {
+
+// A warpgroup carries the transposed state (64 features x N keys) of its lane in registers through
+// the chunks of its part of the sequence. Everything is transposed, so that the state and x are
+// left operands out of registers:
+//
+//     Y^T = S^T (q^T scaled by the decay from the chunk's start) + X^T mixed^T
+//     S^T = total S^T + (X^T scaled by weight and decay to the chunk's end) K
+//
+// mixed = decay weight (q k^T), masked, goes through shared memory; so does Y^T, to be transposed.
+// The product with mixed is one of single warps: those of a warpgroup would read shared memory by
+// another way than it is written, and the fence between waits for the stores of y.
+template <class Tile>
+__global__ __launch_bounds__(Tile::threads, Tile::blocks) void ssd_chunk_kernel(
+    const ssd_arguments<bf16> p, const __grid_constant__ ssd_maps maps, const ssd_cut cut,
+    const ssd_operand<bf16> y, const ssd_state_operand<const float> initial,
+    const ssd_state_operand<float> final) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int N = Tile::keys, chunk = Tile::chunk, panel = Tile::panel_bytes;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  const int tid = threadIdx.x % 128, lane = tid % 32;
+  const int warp = __shfl_sync(0xffffffffu, tid / 32, 0);
+
+  const int packs = cut.lanes / Tile::groups, supers = Tile::states ? cut.supers - 1 : cut.supers;
+  const int block = static_cast<int>(blockIdx.x), v = block % packs * Tile::groups + group;
+  const int super = block / packs % supers, s = block / packs / supers;
+  const index_t begin = p.begin(s), length = p.end(s) - begin, first = super * cut.tokens;
+  const bool last = first + cut.tokens >= length;
+  if (Tile::states ? last : super > 0 && first >= length) return;
+  const int tokens = static_cast<int>(min(cut.tokens, length - first));
+  const int chunks = (tokens + chunk - 1) / chunk;
+  const int h = v / cut.parts, from = v % cut.parts * 64;
+
+  ssd_pipeline<Tile> pipeline(shared, maps, begin + first, chunks);
+  __syncthreads();
+#pragma unroll
+  for (int c = 0; c < Tile::stages - 1; ++c)
+    pipeline.ask(c, p, v, cut.parts);
+  __syncwarp();
+
+  const ssd_steps<bf16> steps(p, h);
+  auto* decays = reinterpret_cast<ssd_chunk_decays*>(shared + Tile::decays_at) + 2 * group;
+  ssd_step<float> ahead[2];
+  const auto look_ahead = [&](int c) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = c * chunk + 2 * lane + i;
+      if (t < tokens) ahead[i] = steps.load(begin + first + t);
+    }
+  };
+  if (warp == 0) {
+    look_ahead(0);
+    decays[0].set(steps, ahead, tokens, p.alpha, lane);
+    look_ahead(1);
+  }
+  float state[N / 2];
+  ssd_start_state<N>(state, p, cut, initial, s, super, v, tid, Tile::states, super == 0 && last);
+  const float d = p.d.data == nullptr ? 0.0f : *p.d.head(h);
+  float product = 1.0f;  // of the decays of all chunks
+  named_barrier_sync(1 + group, 128);
+
+  for (int c = 0; c < chunks; ++c) {
+    pipeline.ask(c + Tile::stages - 1, p, v, cut.parts);
+    __syncwarp();
+    unsigned char* here = pipeline.wait(c);
+    const int n = min(chunk, tokens - c * chunk);
+    if (n < chunk) {
+      ssd_clear_rows(here + Tile::k_at, N / 64, n, tid);
+      ssd_clear_rows(here + Tile::x_at + group * panel, 1, n, tid);
+      fence_shared_for_engines();
+      named_barrier_sync(1 + group, 128);
+    }
+    const std::uint32_t x_tile = shared_address(here + Tile::x_at + group * panel);
+    const std::uint64_t k_rows = panel_descriptor(shared_address(here + Tile::k_at));
+    const std::uint64_t k_columns = panel_descriptor(shared_address(here + Tile::k_at), panel);
+    const ssd_chunk_decays& now = decays[c & 1];
+    const std::uint32_t mixed = shared_address(shared + Tile::mixed_at + group * panel);
+    std::uint32_t x[chunk / 16][4], weighted[chunk / 16][4], before[N / 4];
+    float out[chunk / 2], scores[chunk / 2];
+    if constexpr (!Tile::states) {
+      const std::uint64_t q_rows = panel_descriptor(shared_address(here + Tile::q_at));
+#pragma unroll
+      for (int i = 0; i < N / 4; ++i)
+        before[i] = pack_bf16(state[2 * i], state[2 * i + 1]);
+      products_begin();
+#pragma unroll
+      for (int i = 0; i < N / 16; ++i) {
+        warpgroup_product<chunk>::template run<false>(scores, advance(q_rows, Tile::key_at(i)),
+                                                      advance(k_rows, Tile::key_at(i)), i > 0);
+      }
+      products_commit();
+#pragma unroll
+      for (int i = 0; i < N / 16; ++i) {
+        warpgroup_product<chunk>::template run<false>(out, before + 4 * i,
+                                                      advance(q_rows, Tile::key_at(i)), i > 0);
+      }
+      products_commit();
+    }
+    ssd_load_transposed(x, x_tile, warp, lane);
+    ssd_weigh(weighted, x, now, lane);
+    const float total = now.total;
+    product *= total;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+      state[i] *= total;
+    products_begin();
+#pragma unroll
+    for (int i = 0; i < chunk / 16; ++i)
+      warpgroup_product<N>::template run<true>(state, weighted[i], advance(k_columns, 2048 * i), 1);
+    products_commit();
+    if constexpr (!Tile::states) {
+      products_wait<2>();
+      pin(scores);
+      ssd_mix(scores, now, d, warp, lane, mixed);
+    }
+    if (warp == 0 && c + 1 < chunks) {
+      decays[(c + 1) & 1].set(steps, ahead, tokens - (c + 1) * chunk, p.alpha, lane);
+      look_ahead(c + 2);
+    }
+    if constexpr (!Tile::states) {
+      products_wait<1>();
+      pin(out);
+#pragma unroll
+      for (int i = 0; i < chunk / 8; ++i) {
+        const float2 start = *reinterpret_cast<const float2*>(now.start + 8 * i + 2 * (lane % 4));
+        out[4 * i] *= start.x, out[4 * i + 1] *= start.y;
+        out[4 * i + 2] *= start.x, out[4 * i + 3] *= start.y;
+      }
+      named_barrier_sync(1 + group, 128);
+      ssd_multiply_mixed(out, x, mixed, lane);
+      unsigned char* staged = shared + Tile::out_at + group * panel;
+      ssd_stage_transposed(out, shared_address(staged), warp, lane);
+      products_wait<0>();
+      pin(state);
+      pipeline.release(c);
+      named_barrier_sync(1 + group, 128);
+      bf16* to = y.data + (begin + first + c * chunk) * y.token + h * y.group + from;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = tid / 8 + 16 * i, column = tid % 8;
+        if (row < n && from + 8 * column < p.features) {
+          *reinterpret_cast<uint4*>(to + row * y.token + 8 * column) =
+              *reinterpret_cast<const uint4*>(staged + swizzled(row, column));
+        }
+      }
+    } else {
+      products_wait<0>();
+      pin(state);
+      pipeline.release(c);
+      named_barrier_sync(1 + group, 128);
+    }
+  }
+  if constexpr (Tile::states) {
+    float* to = cut.state_of<N>(s, super + 1, v) + tid;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+      to[128 * i] = state[i];
+    if (tid == 0) *cut.decay_of(s, super, v) = product;
+  } else if (last && final.data != nullptr) {
+    ssd_store_state<N>(state, final.at(s, h), final.row, from, p, warp, lane);
+  }
+#else
+  __trap();
+#endif
+}
+
+// Turns what the parts of a sequence add to the state into the states before them, in place.
+__global__ void ssd_scan_kernel(const ssd_arguments<bf16> p, const ssd_cut cut, int state_size) {
+  const index_t i = (static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+  if (i >= p.sequences * cut.lanes * state_size) return;
+  const int s = static_cast<int>(i / state_size / cut.lanes);
+  const int v = static_cast<int>(i / state_size % cut.lanes);
+  const index_t length = p.end(s) - p.begin(s), step = index_t{cut.lanes} * state_size;
+  const int parts = static_cast<int>((length + cut.tokens - 1) / cut.tokens);
+  float* at = cut.state + (index_t{s} * cut.supers * cut.lanes + v) * state_size + i % state_size;
+  if (parts < 3) return;
+  float4 sum = *reinterpret_cast<const float4*>(at + step);
+#pragma unroll 4
+  for (int k = 2; k < parts; ++k) {
+    const float decay = *cut.decay_of(s, k - 1, v);
+    float4* here = reinterpret_cast<float4*>(at + k * step);
+    const float4 own = *here;
+    sum = {decay * sum.x + own.x, decay * sum.y + own.y, decay * sum.z + own.z,
+           decay * sum.w + own.w};
+    *here = sum;
+  }
+}
+
+template <int N, int Groups>
+void ssd_forward_tiles(cudaStream_t stream, const ssd_problem<bf16>& p, const ssd_plan& plan,
+                       const view<bf16, 3>& y, const ssd_states<bf16>& states, void* workspace) {
+  const ssd_cut cut = plan.cut(p, workspace);
+  const ssd_arguments<bf16> arguments(p);
+  const ssd_operand<bf16> to(y, p.heads);
+  const ssd_maps maps(p);
+  const ssd_state_operand<const float> initial(states.initial);
+  const ssd_state_operand<float> final(states.final);
+  const index_t packs = cut.lanes / Groups;  // of lanes, a block each
+  if (cut.supers > 1) {
+    using tile = ssd_tile<N, Groups, true>;
+    SSMLIB_CHECK_CUDA(cudaFuncSetAttribute(
+        ssd_chunk_kernel<tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, tile::bytes));
+    const unsigned blocks = ssd_blocks(p.sequences * (cut.supers - 1) * packs);
+    ssd_chunk_kernel<tile>
+        <<<blocks, tile::threads, tile::bytes, stream>>>(arguments, maps, cut, to, initial, final);
+    SSMLIB_CHECK_CUDA(cudaGetLastError());
+    if (!cut.folded) {
+      const index_t threads = p.sequences * cut.lanes * (64 * N / 4);
+      ssd_scan_kernel<<<ssd_blocks((threads + 127) / 128), 128, 0, stream>>>(arguments, cut,
+                                                                             64 * N);
+      SSMLIB_CHECK_CUDA(cudaGetLastError());
+    }
+  }
+  using tile = ssd_tile<N, Groups, false>;
+  SSMLIB_CHECK_CUDA(cudaFuncSetAttribute(ssd_chunk_kernel<tile>,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, tile::bytes));
+  const unsigned blocks = ssd_blocks(p.sequences * cut.supers * packs);
+  ssd_chunk_kernel<tile>
+      <<<blocks, tile::threads, tile::bytes, stream>>>(arguments, maps, cut, to, initial, final);
+  SSMLIB_CHECK_CUDA(cudaGetLastError());
+}
+
+}  // namespace detail
+
+template <class T>
+std::size_t ssd_forward_workspace_bytes(const ssd_problem<T>& p) {
+  if constexpr (std::is_same_v<T, bf16>) return detail::ssd_plan::of(p).workspace_bytes(p);
+  return 0;
+}
+
+template <class T>
+void ssd_forward(cudaStream_t stream, const ssd_problem<T>& p, view<T, 3> y,
+                 const ssd_states<T>& states, void* workspace) {
+  detail::ssd_check(p);
+  detail::ssd_check_tokens("y", y, p.q.extent(0));
+  if (y.extent(1) != p.heads || y.extent(2) != p.features()) {
+    detail::ssd_fail("y is " + to_string(y.extents) + ", wanted (tokens x " +
+                     std::to_string(p.heads) + " x " + std::to_string(p.features()) + ")");
+  }
+  detail::ssd_check_state(p, "the initial state", states.initial);
+  detail::ssd_check_state(p, "the final state", states.final);
+  if (p.sequences == 0 || p.heads == 0) return;
+  if constexpr (std::is_same_v<T, bf16>) {
+    const detail::ssd_plan plan = detail::ssd_plan::of(p);
+    if (plan.tiles && detail::ssd_aligned(view<const bf16, 3>(y))) {
+      const auto run = [&](auto launch) { launch(stream, p, plan, y, states, workspace); };
+      if (plan.keys == 64) {
+        plan.groups == 2 ? run(detail::ssd_forward_tiles<64, 2>)
+                         : run(detail::ssd_forward_tiles<64, 1>);
+      } else {
+        plan.groups == 2 ? run(detail::ssd_forward_tiles<128, 2>)
+                         : run(detail::ssd_forward_tiles<128, 1>);
+      }
+      return;
+    }
+  }
+  detail::ssd_forward_general(stream, p, y, states);
+}
+
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
+  SSMLIB_INSTANTIATE(cuda_ssd, std::size_t ssd_forward_workspace_bytes<T>(const ssd_problem<T>&)); \
+  SSMLIB_INSTANTIATE(cuda_ssd, void ssd_forward<T>(cudaStream_t, const ssd_problem<T>&,            \
+                                                   view<T, 3>, const ssd_states<T>&, void*))
+SSMLIB_DETAIL_LIST(bf16);
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
+
+}  // namespace ssm::kernels::cuda

@@ -1,0 +1,421 @@
+#pragma once
+
+#include <ssmlib/kernels/cuda/hopper.cuh>
+#include <ssmlib/kernels/cuda/ssd_parts.cuh>
+
+#include <algorithm>
+
+/// @file
+/// What the kernels of the tensor cores share for scalar-gated recurrences: how a sequence is cut
+/// into parts that run at once, tiles in shared memory, the decays of a chunk of 64 tokens.
+
+namespace ssm::kernels::cuda::detail {
+
+/// Where the 16 bytes `column` of a row of a panel (128 bytes a row) lie.
+SSMLIB_DEVICE int swizzled(int row, int column) {
+  return row * 128 + ((column ^ (row & 7)) << 4);
+}
+
+SSMLIB_DEVICE void store_matrix_x4(std::uint32_t row_address, std::uint32_t r0, std::uint32_t r1,
+                                   std::uint32_t r2, std::uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row_address),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+SSMLIB_DEVICE void store_matrix_x4_transposed(std::uint32_t row_address, std::uint32_t r0,
+                                              std::uint32_t r1, std::uint32_t r2,
+                                              std::uint32_t r3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row_address),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
+}
+SSMLIB_DEVICE float power_of_two(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+/// How sequences are cut into parts of `tokens` tokens, whose states meet in the workspace. A lane
+/// is 64 features of one head.
+struct ssd_cut {
+  index_t tokens;
+  int lanes, parts;  // parts of 64 features a head
+  int supers;        // parts of a sequence, at most
+  bool folded;       // a part sums up the states before it by itself
+  float* state;      // (sequences, supers, lanes, 64 * keys), as registers lie
+  float* decay;      // (sequences, supers, lanes)
+
+  template <int N>
+  SSMLIB_DEVICE float* state_of(index_t s, index_t super, index_t v) const {
+    return state + ((s * supers + super) * lanes + v) * (64 * N);
+  }
+  SSMLIB_DEVICE float* decay_of(index_t s, index_t super, index_t v) const {
+    return decay + (s * supers + super) * lanes + v;
+  }
+};
+
+/// Whether rows can be copied 16 bytes at a time.
+inline bool ssd_aligned(const view<const bf16, 3>& v) {
+  return reinterpret_cast<std::uintptr_t>(v.data) % 16 == 0 && v.stride(2) == 1 &&
+         v.stride(0) % 8 == 0 && v.stride(1) % 8 == 0 && v.extent(2) % 8 == 0;
+}
+
+/// What the launch does for one problem: a function of its sizes and of the card.
+struct ssd_plan {
+  bool tiles = false;  // the tensor cores' kernels
+  int keys = 128, groups = 2;
+  index_t lanes = 0, parts = 1, supers = 1, tokens = 0;
+
+  [[nodiscard]] static ssd_plan of(const ssd_problem<bf16>& p) {
+    ssd_plan r;
+    int device = 0, major = 0, processors = 1;
+    SSMLIB_CHECK_CUDA(cudaGetDevice(&device));
+    SSMLIB_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    SSMLIB_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    r.tiles = major == 9 && p.key_size() <= 128 && p.q.extent(0) < (index_t{1} << 31) &&
+              ssd_aligned(p.q) && ssd_aligned(p.k) && ssd_aligned(p.x);
+    if (!r.tiles || p.heads == 0 || p.sequences == 0) return r;
+    r.keys = p.key_size() <= 64 ? 64 : 128;
+    r.parts = (p.features() + 63) / 64;
+    r.lanes = p.heads * r.parts;
+    // Two warpgroups of a block share q and k, so their lanes must.
+    const index_t heads = p.heads / std::max(p.q.extent(1), p.k.extent(1));
+    r.groups = r.parts % 2 == 0 || heads % 2 == 0 ? 2 : 1;
+    r.cut_sequences(p, processors);
+    return r;
+  }
+
+  [[nodiscard]] std::size_t workspace_bytes(const ssd_problem<bf16>& p) const {
+    if (supers == 1) return 0;
+    return static_cast<std::size_t>(p.sequences * supers * lanes) * (64 * keys + 4) * sizeof(float);
+  }
+  [[nodiscard]] ssd_cut cut(const ssd_problem<bf16>& p, void* workspace) const {
+    auto* state = static_cast<float*>(workspace);
+    float* decay = state == nullptr ? nullptr : state + p.sequences * supers * lanes * 64 * keys;
+    return {tokens,
+            static_cast<int>(lanes),
+            static_cast<int>(parts),
+            static_cast<int>(supers),
+            supers <= 6,
+            state,
+            decay};
+  }
+
+ private:
+  // Time is counted in chunks of a block's main pass: waves of blocks, each with about 1.5 chunks
+  // to start, the pass for the states at two fifths, three chunks for two more launches.
+  void cut_sequences(const ssd_problem<bf16>& p, int processors) {
+    const index_t chunks = std::max<index_t>(1, (p.max_length + 63) / 64);
+    const index_t blocks = p.sequences * lanes / groups;
+    const index_t slots = groups == 2 ? processors : 2 * processors;
+    double best = 0.0;
+    for (index_t k = 1; k <= std::min<index_t>(chunks, 64); ++k) {
+      const index_t length = (chunks + k - 1) / k, pieces = (chunks + length - 1) / length;
+      if (pieces != k) continue;
+      const auto waves = [&](index_t n, index_t at_once) {
+        return static_cast<double>((n + at_once - 1) / at_once);
+      };
+      double time = waves(blocks * k, slots) * (static_cast<double>(length) + 1.5);
+      if (k > 1) {
+        time += waves(blocks * (k - 1), 2 * processors) * (static_cast<double>(length) + 1.5) * 0.6;
+        time += 3.0;
+      }
+      if (k == 1 || time < best) {
+        best = time;
+        supers = k;
+        tokens = length * 64;
+      }
+    }
+  }
+};
+
+/// The decays of one chunk of one lane. Lambda is the sum of log2 decays up to a token; a decay
+/// below 2^-256 counts as that, which is zero in float.
+struct __align__(16) ssd_chunk_decays {
+  float2 sum_and_weight[64];  // Lambda, alpha * weight; weight 0 past the end
+  float start[64];            // alpha * 2^Lambda
+  float end[64];              // weight * 2^(total - Lambda)
+  float total;                // 2^total
+  float padding[3];
+
+  /// A warp; lane l has loaded tokens 2 l and 2 l + 1, of which `n` are left in the sequence.
+  SSMLIB_DEVICE void set(const ssd_steps<bf16>& steps, const ssd_step<float>(&loaded)[2], int n,
+                         float alpha, int lane) {
+    float log_a[2], w[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      log_a[i] = w[i] = 0.0f;
+      if (2 * lane + i < n) {
+        const ssd_step<float> s = steps.compute(loaded[i]);
+        const float l = s.log_a * 1.4426950408889634f;
+        log_a[i] = l < -256.0f ? -256.0f : l;
+        w[i] = s.weight;
+      }
+    }
+    float sum = log_a[0] + log_a[1];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const float below = __shfl_up_sync(0xffffffffu, sum, step);
+      if (lane >= step) sum += below;
+    }
+    const float all = __shfl_sync(0xffffffffu, sum, 31);
+    float before = __shfl_up_sync(0xffffffffu, sum, 1);
+    if (lane == 0) before = 0.0f;
+    const float first = before + log_a[0];
+    reinterpret_cast<float4*>(sum_and_weight)[lane] = {first, alpha * w[0], sum, alpha * w[1]};
+    reinterpret_cast<float2*>(start)[lane] = {alpha * power_of_two(first),
+                                              alpha * power_of_two(sum)};
+    reinterpret_cast<float2*>(end)[lane] = {w[0] * power_of_two(all - first),
+                                            w[1] * power_of_two(all - sum)};
+    if (lane == 0) total = power_of_two(all);
+  }
+};
+
+/// Shared memory of a block: stages of a chunk's k, x of each warpgroup, and q; then, of each
+/// warpgroup, the mixed scores, the outputs and two chunks' decays; then barriers.
+template <int N, int Groups, bool States>
+struct ssd_tile {
+  static constexpr int keys = N, groups = Groups, threads = 128 * Groups, chunk = 64;
+  static constexpr bool states = States;
+  static constexpr int blocks = States || Groups == 1 ? 2 : 1;  // of a multiprocessor
+  static constexpr int panel_bytes = 64 * 128, key_bytes = N / 64 * panel_bytes;
+  static constexpr int stages = Groups == 2 ? 3 : 2;
+  static constexpr int k_at = 0, x_at = key_bytes, q_at = x_at + Groups * panel_bytes;
+  static constexpr int stage_bytes = States ? q_at : q_at + key_bytes;
+  static constexpr int mixed_at = stages * stage_bytes;
+  static constexpr int out_at = mixed_at + (States ? 0 : Groups * panel_bytes);
+  static constexpr int decays_at = out_at + (States ? 0 : Groups * panel_bytes);
+  static constexpr int barriers_at =
+      decays_at + Groups * 2 * static_cast<int>(sizeof(ssd_chunk_decays));
+  static constexpr int bytes = barriers_at + 2 * stages * 8;
+
+  /// Where the i-th 16 keys of a row begin.
+  SSMLIB_DEVICE static constexpr int key_at(int i) { return i / 4 * panel_bytes + i % 4 * 32; }
+};
+
+/// The maps by which the copy engine reads k, q and x.
+struct ssd_maps {
+  CUtensorMap k, q, x;
+
+  explicit ssd_maps(const ssd_problem<bf16>& p) : k(map(p.k)), q(map(p.q)), x(map(p.x)) {}
+
+ private:
+  static CUtensorMap map(const view<const bf16, 3>& v) {
+    const index_t whole = v.extent(0) * v.stride(0);
+    return box_map(v.data, {v.extent(2), v.extent(1), v.extent(0), 1},
+                   {v.extent(1) == 1 ? v.stride(0) : v.stride(1), v.stride(0), whole}, 64);
+  }
+};
+
+/// Chunks of k, q and x on their way to shared memory. One thread of the block asks for them; a
+/// stage is free again when every warp has said so.
+template <class Tile>
+class ssd_pipeline {
+ public:
+  /// The block is to synchronise before anything else.
+  SSMLIB_DEVICE ssd_pipeline(unsigned char* shared, const ssd_maps& maps, index_t first, int chunks)
+      : shared_(shared),
+        full_(reinterpret_cast<std::uint64_t*>(shared + Tile::barriers_at)),
+        maps_(maps),
+        first_(static_cast<int>(first)),
+        chunks_(chunks) {
+    if (threadIdx.x != 0) return;
+    for (int i = 0; i < Tile::stages; ++i) {
+      barrier_init(full_ + i, 1);
+      barrier_init(full_ + Tile::stages + i, 4 * Tile::groups);
+    }
+    barrier_init_done();
+  }
+  /// Asks for chunk c, if there is one, when its stage is free. Groups of heads: of k and q, and of
+  /// x for the lanes v, v + 1.
+  SSMLIB_DEVICE void ask(int c, const ssd_arguments<bf16>& p, int v, int parts) {
+    if (threadIdx.x != 0 || c >= chunks_) return;
+    const int stage = c % Tile::stages;
+    if (c >= Tile::stages) {
+      barrier_wait(full_ + Tile::stages + stage, (c / Tile::stages - 1) & 1);
+    }
+    unsigned char* to = shared_ + stage * Tile::stage_bytes;
+    std::uint64_t* full = full_ + stage;
+    const int t = first_ + c * Tile::chunk, h = v / parts;
+    barrier_arrive_expect(full, Tile::stage_bytes);
+#pragma unroll
+    for (int i = 0; i < Tile::keys / 64; ++i) {
+      load_box(to + Tile::k_at + i * Tile::panel_bytes, &maps_.k, full, 64 * i,
+               h / p.k.heads_a_group, t, 0);
+      if constexpr (!Tile::states) {
+        load_box(to + Tile::q_at + i * Tile::panel_bytes, &maps_.q, full, 64 * i,
+                 h / p.q.heads_a_group, t, 0);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::groups; ++i) {
+      load_box(to + Tile::x_at + i * Tile::panel_bytes, &maps_.x, full, (v + i) % parts * 64,
+               (v + i) / parts / p.x.heads_a_group, t, 0);
+    }
+  }
+  /// Waits for chunk c, whose stage is returned.
+  SSMLIB_DEVICE unsigned char* wait(int c) const {
+    barrier_wait(full_ + c % Tile::stages, (c / Tile::stages) & 1);
+    return shared_ + c % Tile::stages * Tile::stage_bytes;
+  }
+  /// Says that this warp is done with chunk c.
+  SSMLIB_DEVICE void release(int c) const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(full_ + Tile::stages + c % Tile::stages);
+  }
+
+ private:
+  unsigned char* shared_;
+  std::uint64_t* full_;
+  const ssd_maps& maps_;
+  int first_, chunks_;
+};
+
+/// Clears rows [n, 64) of panels at `panel`: what follows a sequence must not enter its sums.
+SSMLIB_DEVICE void ssd_clear_rows(unsigned char* panel, int panels, int n, int tid) {
+  for (int i = tid; i < panels * (64 - n) * 8; i += 128) {
+    const int row = n + i / 8 % (64 - n), which = i / 8 / (64 - n);
+    *reinterpret_cast<uint4*>(panel + which * 8192 + row * 128 + i % 8 * 16) = uint4{0, 0, 0, 0};
+  }
+}
+
+/// The transposed state (64 x N) of a lane before its part of the sequence, as the registers of a
+/// product lie.
+template <int N>
+SSMLIB_DEVICE void ssd_start_state(float (&state)[N / 2], const ssd_arguments<bf16>& p,
+                                   const ssd_cut& cut,
+                                   const ssd_state_operand<const float>& initial, int s, int super,
+                                   int v, int tid, bool states, bool whole) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i)
+    state[i] = 0.0f;
+  if (super == 0) {
+    if (initial.data == nullptr) return;
+    // Another block may overwrite the initial state by its final one: the first pass copies it.
+    float* copy = whole ? nullptr : cut.state_of<N>(s, 0, v) + tid;
+    if (copy != nullptr && !states) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i)
+        state[i] = copy[128 * i];
+      return;
+    }
+    const int h = v / cut.parts;
+    const int row = v % cut.parts * 64 + tid / 32 * 16 + tid % 32 / 4;
+    const float* from = initial.at(s, h);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const int n = i / 4 * 8 + tid % 4 * 2 + i % 2, f = row + i / 2 % 2 * 8;
+      if (n < p.key_size && f < p.features) state[i] = from[n * initial.row + f];
+      if (copy != nullptr) copy[128 * i] = state[i];
+    }
+    return;
+  }
+  if (states) return;
+  for (int k = cut.folded ? 1 : super; k <= super; ++k) {
+    const float* from = cut.state_of<N>(s, k, v) + tid;
+    const float decay = k > 1 && cut.folded ? *cut.decay_of(s, k - 1, v) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+      state[i] = decay * state[i] + from[128 * i];
+  }
+}
+
+template <int N>
+SSMLIB_DEVICE void ssd_store_state(const float (&state)[N / 2], float* to, index_t step, int from,
+                                   const ssd_arguments<bf16>& p, int warp, int lane) {
+  const int row = from + warp * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const int n = i / 4 * 8 + lane % 4 * 2 + i % 2, f = row + i / 2 % 2 * 8;
+    if (n < p.key_size && f < p.features) to[n * step + f] = state[i];
+  }
+}
+
+/// mixed = scores, decayed, weighted and masked, plus d on the diagonal, as bf16 into a panel, in
+/// blocks of 16 x 16 up to the diagonal.
+SSMLIB_DEVICE void ssd_mix(const float (&scores)[32], const ssd_chunk_decays& decays, float d,
+                           int warp, int lane, std::uint32_t panel) {
+  const int i = warp * 16 + lane / 4, t = lane % 4;
+  const float upper = decays.sum_and_weight[i].x, lower = decays.sum_and_weight[i + 8].x;
+  const int store_row = warp * 16 + lane % 16;
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    if (b > warp) continue;
+    std::uint32_t r[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = 2 * b + half;
+      const float4 w = reinterpret_cast<const float4*>(decays.sum_and_weight)[4 * at + t];
+      float m[4] = {scores[4 * at] * (power_of_two(upper - w.x) * w.y),
+                    scores[4 * at + 1] * (power_of_two(upper - w.z) * w.w),
+                    scores[4 * at + 2] * (power_of_two(lower - w.x) * w.y),
+                    scores[4 * at + 3] * (power_of_two(lower - w.z) * w.w)};
+      if (b == warp) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = i + e / 2 * 8, column = 8 * at + 2 * t + e % 2;
+          m[e] = column > row ? 0.0f : column == row ? m[e] + d : m[e];
+        }
+      }
+      r[2 * half] = pack_bf16(m[0], m[1]);
+      r[2 * half + 1] = pack_bf16(m[2], m[3]);
+    }
+    store_matrix_x4(panel + swizzled(store_row, 2 * b + lane / 16), r[0], r[1], r[2], r[3]);
+  }
+}
+
+/// out += (left (64 x 64) mixed^T), where mixed lies in a panel and is zero above its diagonal.
+SSMLIB_DEVICE void ssd_multiply_mixed(float (&out)[32], const std::uint32_t (&left)[4][4],
+                                      std::uint32_t panel, int lane) {
+  const int row = lane % 8 + lane / 16 * 8, column = lane / 8 % 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j <= i; ++j) {
+      std::uint32_t r[4];
+      load_matrix_x4(r, panel + swizzled(16 * i + row, 2 * j + column));
+      multiply_add_16x8x16(reinterpret_cast<float(&)[4]>(out[8 * i]), left[j], r[0], r[1]);
+      multiply_add_16x8x16(reinterpret_cast<float(&)[4]>(out[8 * i + 4]), left[j], r[2], r[3]);
+    }
+  }
+}
+
+/// A panel's transpose (64 columns x 64 rows) as the left operand of four products.
+SSMLIB_DEVICE void ssd_load_transposed(std::uint32_t (&r)[4][4], std::uint32_t panel, int warp,
+                                       int lane) {
+  const int row = lane % 8 + lane / 16 * 8, column = 2 * warp + lane / 8 % 2;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    load_matrix_x4_transposed(r[i], panel + swizzled(16 * i + row, column));
+}
+
+/// to = from with its token columns scaled by their weight and decay to the chunk's end.
+SSMLIB_DEVICE void ssd_weigh(std::uint32_t (&to)[4][4], const std::uint32_t (&from)[4][4],
+                             const ssd_chunk_decays& decays, int lane) {
+  const auto scale = [](std::uint32_t pair, float2 w) {
+    return pack_bf16(__uint_as_float(pair << 16) * w.x, __uint_as_float(pair & 0xffff0000u) * w.y);
+  };
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float* at = decays.end + 16 * i + 2 * (lane % 4);
+    const float2 near = *reinterpret_cast<const float2*>(at);
+    const float2 far = *reinterpret_cast<const float2*>(at + 8);
+    to[i][0] = scale(from[i][0], near), to[i][1] = scale(from[i][1], near);
+    to[i][2] = scale(from[i][2], far), to[i][3] = scale(from[i][3], far);
+  }
+}
+
+/// The transpose of a product's (64 x 64) registers, as bf16 into a panel.
+SSMLIB_DEVICE void ssd_stage_transposed(const float (&r)[32], std::uint32_t panel, int warp,
+                                        int lane) {
+  const int row = lane % 8 + lane / 16 * 8, column = 2 * warp + lane / 8 % 2;
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    store_matrix_x4_transposed(
+        panel + swizzled(16 * b + row, column), pack_bf16(r[8 * b], r[8 * b + 1]),
+        pack_bf16(r[8 * b + 2], r[8 * b + 3]), pack_bf16(r[8 * b + 4], r[8 * b + 5]),
+        pack_bf16(r[8 * b + 6], r[8 * b + 7]));
+  }
+}
+
+}  // namespace ssm::kernels::cuda::detail
