@@ -21,60 +21,32 @@ namespace detail {
 // The product with mixed is one of single warps: those of a warpgroup would read shared memory by
 // another way than it is written, and the fence between waits for the stores of y.
 template <class Tile>
-__global__ __launch_bounds__(Tile::threads, Tile::blocks) void ssd_chunk_kernel(
-    const ssd_arguments<bf16> p, const __grid_constant__ ssd_maps maps, const ssd_cut cut,
-    const ssd_operand<bf16> y, const ssd_state_operand<const float> initial,
-    const ssd_state_operand<float> final) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+SSMLIB_DEVICE void ssd_compute(const ssd_pipeline<Tile>& pipeline, const ssd_arguments<bf16>& p,
+                               const ssd_cut& cut, const ssd_operand<bf16>& y,
+                               const ssd_state_operand<const float>& initial,
+                               const ssd_state_operand<float>& final, unsigned char* shared,
+                               const ssd_place& place, int group) {
   constexpr int N = Tile::keys, chunk = Tile::chunk, panel = Tile::panel_bytes;
-  extern __shared__ __align__(1024) unsigned char shared[];
-  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   const int tid = threadIdx.x % 128, lane = tid % 32;
   const int warp = __shfl_sync(0xffffffffu, tid / 32, 0);
-
-  const int packs = cut.lanes / Tile::groups, supers = Tile::states ? cut.supers - 1 : cut.supers;
-  const int block = static_cast<int>(blockIdx.x), v = block % packs * Tile::groups + group;
-  const int super = block / packs % supers, s = block / packs / supers;
-  const index_t begin = p.begin(s), length = p.end(s) - begin, first = super * cut.tokens;
-  const bool last = first + cut.tokens >= length;
-  if (Tile::states ? last : super > 0 && first >= length) return;
-  const int tokens = static_cast<int>(min(cut.tokens, length - first));
-  const int chunks = (tokens + chunk - 1) / chunk;
-  const int h = v / cut.parts, from = v % cut.parts * 64;
-
-  ssd_pipeline<Tile> pipeline(shared, maps, begin + first, chunks);
-  __syncthreads();
-#pragma unroll
-  for (int c = 0; c < Tile::stages - 1; ++c)
-    pipeline.ask(c, p, v, cut.parts);
-  __syncwarp();
-
-  const ssd_steps<bf16> steps(p, h);
-  auto* decays = reinterpret_cast<ssd_chunk_decays*>(shared + Tile::decays_at) + 2 * group;
-  ssd_step<float> ahead[2];
-  const auto look_ahead = [&](int c) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int t = c * chunk + 2 * lane + i;
-      if (t < tokens) ahead[i] = steps.load(begin + first + t);
-    }
-  };
-  if (warp == 0) {
-    look_ahead(0);
-    decays[0].set(steps, ahead, tokens, p.alpha, lane);
-    look_ahead(1);
-  }
+  const int v = place.lane + group, h = v / cut.parts, from = v % cut.parts * 64;
+  const int chunks = (place.tokens + chunk - 1) / chunk;
   float state[N / 2];
-  ssd_start_state<N>(state, p, cut, initial, s, super, v, tid, Tile::states, super == 0 && last);
+  ssd_start_state<N>(state, p, cut, initial, place.sequence, place.super, v, tid, Tile::states,
+                     place.super == 0 && place.last);
   const float d = p.d.data == nullptr ? 0.0f : *p.d.head(h);
   float product = 1.0f;  // of the decays of all chunks
-  named_barrier_sync(1 + group, 128);
+  bf16* to = nullptr;
+  if constexpr (!Tile::states) {
+    to = y.data + (place.first + tid / 8) * y.token + h * y.group + from + tid % 8 * 8;
+  }
+  const bool column_valid = from + tid % 8 * 8 < p.features;
+  const std::uint32_t mixed = shared_address(shared + Tile::mixed_at + group * panel);
+  unsigned char* staged = shared + Tile::out_at + group * panel;
 
   for (int c = 0; c < chunks; ++c) {
-    pipeline.ask(c + Tile::stages - 1, p, v, cut.parts);
-    __syncwarp();
     unsigned char* here = pipeline.wait(c);
-    const int n = min(chunk, tokens - c * chunk);
+    const int n = min(chunk, place.tokens - c * chunk);
     if (n < chunk) {
       ssd_clear_rows(here + Tile::k_at, N / 64, n, tid);
       ssd_clear_rows(here + Tile::x_at + group * panel, 1, n, tid);
@@ -84,15 +56,11 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ssd_chunk_kernel(
     const std::uint32_t x_tile = shared_address(here + Tile::x_at + group * panel);
     const std::uint64_t k_rows = panel_descriptor(shared_address(here + Tile::k_at));
     const std::uint64_t k_columns = panel_descriptor(shared_address(here + Tile::k_at), panel);
-    const ssd_chunk_decays& now = decays[c & 1];
-    const std::uint32_t mixed = shared_address(shared + Tile::mixed_at + group * panel);
+    const std::uint64_t q_rows = panel_descriptor(shared_address(here + Tile::q_at));
+    const ssd_chunk_decays& now = *pipeline.decays(c, group);
     std::uint32_t x[chunk / 16][4], weighted[chunk / 16][4], before[N / 4];
     float out[chunk / 2], scores[chunk / 2];
     if constexpr (!Tile::states) {
-      const std::uint64_t q_rows = panel_descriptor(shared_address(here + Tile::q_at));
-#pragma unroll
-      for (int i = 0; i < N / 4; ++i)
-        before[i] = pack_bf16(state[2 * i], state[2 * i + 1]);
       products_begin();
 #pragma unroll
       for (int i = 0; i < N / 16; ++i) {
@@ -101,11 +69,8 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ssd_chunk_kernel(
       }
       products_commit();
 #pragma unroll
-      for (int i = 0; i < N / 16; ++i) {
-        warpgroup_product<chunk>::template run<false>(out, before + 4 * i,
-                                                      advance(q_rows, Tile::key_at(i)), i > 0);
-      }
-      products_commit();
+      for (int i = 0; i < N / 4; ++i)
+        before[i] = pack_bf16(state[2 * i], state[2 * i + 1]);
     }
     ssd_load_transposed(x, x_tile, warp, lane);
     ssd_weigh(weighted, x, now, lane);
@@ -115,6 +80,14 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ssd_chunk_kernel(
     for (int i = 0; i < N / 2; ++i)
       state[i] *= total;
     products_begin();
+    if constexpr (!Tile::states) {
+#pragma unroll
+      for (int i = 0; i < N / 16; ++i) {
+        warpgroup_product<chunk>::template run<false>(out, before + 4 * i,
+                                                      advance(q_rows, Tile::key_at(i)), i > 0);
+      }
+      products_commit();
+    }
 #pragma unroll
     for (int i = 0; i < chunk / 16; ++i)
       warpgroup_product<N>::template run<true>(state, weighted[i], advance(k_columns, 2048 * i), 1);
@@ -123,52 +96,73 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ssd_chunk_kernel(
       products_wait<2>();
       pin(scores);
       ssd_mix(scores, now, d, warp, lane, mixed);
-    }
-    if (warp == 0 && c + 1 < chunks) {
-      decays[(c + 1) & 1].set(steps, ahead, tokens - (c + 1) * chunk, p.alpha, lane);
-      look_ahead(c + 2);
-    }
-    if constexpr (!Tile::states) {
       products_wait<1>();
       pin(out);
 #pragma unroll
       for (int i = 0; i < chunk / 8; ++i) {
-        const float2 start = *reinterpret_cast<const float2*>(now.start + 8 * i + 2 * (lane % 4));
+        const float2 start =
+            *reinterpret_cast<const float2*>(now.start + 8 * Tile::tokens_of(i) + 2 * (lane % 4));
         out[4 * i] *= start.x, out[4 * i + 1] *= start.y;
         out[4 * i + 2] *= start.x, out[4 * i + 3] *= start.y;
       }
       named_barrier_sync(1 + group, 128);
-      ssd_multiply_mixed(out, x, mixed, lane);
-      unsigned char* staged = shared + Tile::out_at + group * panel;
+      ssd_multiply_mixed<Tile>(out, x, mixed, lane);
       ssd_stage_transposed(out, shared_address(staged), warp, lane);
-      products_wait<0>();
-      pin(state);
-      pipeline.release(c);
+    }
+    products_wait<0>();
+    pin(state);
+    pipeline.release(c);
+    if constexpr (!Tile::states) {
       named_barrier_sync(1 + group, 128);
-      bf16* to = y.data + (begin + first + c * chunk) * y.token + h * y.group + from;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = tid / 8 + 16 * i, column = tid % 8;
-        if (row < n && from + 8 * column < p.features) {
-          *reinterpret_cast<uint4*>(to + row * y.token + 8 * column) =
-              *reinterpret_cast<const uint4*>(staged + swizzled(row, column));
+        const uint4 rows =
+            *reinterpret_cast<const uint4*>(staged + swizzled(tid / 8 + 16 * i, tid % 8));
+        if (tid / 8 + 16 * i < n && column_valid) {
+          *reinterpret_cast<uint4*>(to + 16 * i * y.token) = rows;
         }
       }
-    } else {
-      products_wait<0>();
-      pin(state);
-      pipeline.release(c);
-      named_barrier_sync(1 + group, 128);
+      to += chunk * y.token;
     }
   }
   if constexpr (Tile::states) {
-    float* to = cut.state_of<N>(s, super + 1, v) + tid;
+    float* sum = cut.state_of<N>(place.sequence, place.super + 1, v) + tid;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i)
-      to[128 * i] = state[i];
-    if (tid == 0) *cut.decay_of(s, super, v) = product;
-  } else if (last && final.data != nullptr) {
-    ssd_store_state<N>(state, final.at(s, h), final.row, from, p, warp, lane);
+      sum[128 * i] = state[i];
+    if (tid == 0) *cut.decay_of(place.sequence, place.super, v) = product;
+  } else if (place.last && final.data != nullptr) {
+    ssd_store_state<N>(state, final.at(place.sequence, h), final.row, from, p, warp, lane);
+  }
+}
+
+template <class Tile>
+__global__ __launch_bounds__(Tile::threads, Tile::blocks) void ssd_chunk_kernel(
+    const ssd_arguments<bf16> p, const __grid_constant__ ssd_maps maps, const ssd_cut cut,
+    const ssd_operand<bf16> y, const ssd_state_operand<const float> initial,
+    const ssd_state_operand<float> final) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int supers = Tile::states ? cut.supers - 1 : cut.supers;
+  const ssd_place place(p, cut, static_cast<int>(blockIdx.x), Tile::groups, supers);
+  if (Tile::states ? place.last : place.empty) return;
+  const ssd_pipeline<Tile> pipeline(shared);
+  __syncthreads();
+  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  if (group == Tile::groups) {
+    give_registers<Tile::fetch_registers>();
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) % 128 / 32, 0);
+    const int lane = threadIdx.x % 32;
+    if (warp < Tile::groups) {
+      const ssd_steps<bf16> steps(p, (place.lane + warp) / cut.parts);
+      pipeline.decay(steps, place.first, place.tokens, warp, p.alpha, lane);
+    } else if (warp == Tile::groups && lane == 0) {
+      pipeline.copy(maps, p, static_cast<int>(place.first),
+                    (place.tokens + Tile::chunk - 1) / Tile::chunk, place.lane, cut.parts);
+    }
+  } else {
+    take_registers<Tile::registers>();
+    ssd_compute(pipeline, p, cut, y, initial, final, shared, place, group);
   }
 #else
   __trap();

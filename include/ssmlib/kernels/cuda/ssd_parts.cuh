@@ -99,6 +99,13 @@ struct ssd_step {
   R log_a, weight;
 };
 
+/// What a token's step is computed from, as it lies in memory.
+template <class T>
+struct ssd_raw_step {
+  T dt;
+  accum_t<T> log_a, weight;
+};
+
 /// Where the steps of one head come from. Loading and computing are apart, so that a kernel can
 /// load a chunk ahead.
 template <class T>
@@ -122,20 +129,22 @@ class ssd_steps {
     }
   }
 
-  [[nodiscard]] SSMLIB_DEVICE ssd_step<real> load(index_t t) const {
-    if (dt_ != nullptr) return {widen(dt_[t * stride_]), real(1)};
-    return {log_a_ == nullptr ? constant_ : log_a_[t * stride_],
-            weight_ == nullptr ? real(1) : weight_[t * weight_stride_]};
+  [[nodiscard]] SSMLIB_DEVICE ssd_raw_step<T> load(index_t t) const {
+    ssd_raw_step<T> r{T{}, constant_, real(1)};
+    if (dt_ != nullptr) r.dt = dt_[t * stride_];
+    if (log_a_ != nullptr) r.log_a = log_a_[t * stride_];
+    if (weight_ != nullptr) r.weight = weight_[t * weight_stride_];
+    return r;
   }
-  [[nodiscard]] SSMLIB_DEVICE ssd_step<real> compute(ssd_step<real> loaded) const {
-    if (dt_ == nullptr) return loaded;
-    const real raw = softplus(loaded.log_a + constant_);
+  [[nodiscard]] SSMLIB_DEVICE ssd_step<real> compute(const ssd_raw_step<T>& loaded) const {
+    if (dt_ == nullptr) return {loaded.log_a, loaded.weight};
+    const real raw = softplus(widen(loaded.dt) + constant_);
     const real step = raw < low_ ? low_ : raw > high_ ? high_ : raw;  // NaN stays NaN
     return {a_ * step, step};
   }
   /// d step / d dt at a loaded value; zero where the step is clamped.
-  [[nodiscard]] SSMLIB_DEVICE real slope(ssd_step<real> loaded) const {
-    const real r = loaded.log_a + constant_, raw = softplus(r);
+  [[nodiscard]] SSMLIB_DEVICE real slope(const ssd_raw_step<T>& loaded) const {
+    const real r = widen(loaded.dt) + constant_, raw = softplus(r);
     if (raw < low_ || raw > high_) return real(0);
     return r > real(20) ? real(1) : real(1) / (real(1) + exp(-r));
   }

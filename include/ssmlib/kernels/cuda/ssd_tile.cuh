@@ -16,10 +16,9 @@ SSMLIB_DEVICE int swizzled(int row, int column) {
   return row * 128 + ((column ^ (row & 7)) << 4);
 }
 
-SSMLIB_DEVICE void store_matrix_x4(std::uint32_t row_address, std::uint32_t r0, std::uint32_t r1,
-                                   std::uint32_t r2, std::uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row_address),
-               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+SSMLIB_DEVICE void store_matrix_x2(std::uint32_t row_address, std::uint32_t r0, std::uint32_t r1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(row_address),
+               "r"(r0), "r"(r1)
                : "memory");
 }
 SSMLIB_DEVICE void store_matrix_x4_transposed(std::uint32_t row_address, std::uint32_t r0,
@@ -29,6 +28,12 @@ SSMLIB_DEVICE void store_matrix_x4_transposed(std::uint32_t row_address, std::ui
       "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row_address),
       "r"(r0), "r"(r1), "r"(r2), "r"(r3)
       : "memory");
+}
+/// The products of two pairs of bf16, each rounded once.
+SSMLIB_DEVICE std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t r;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
 }
 SSMLIB_DEVICE float power_of_two(float x) {
   float r;
@@ -52,6 +57,27 @@ struct ssd_cut {
   }
   SSMLIB_DEVICE float* decay_of(index_t s, index_t super, index_t v) const {
     return decay + (s * supers + super) * lanes + v;
+  }
+};
+
+/// What one block works on: lanes from `lane` on, of one part of one sequence.
+struct ssd_place {
+  int lane, super, sequence, tokens;
+  index_t first;  // token, of all
+  bool last, empty;
+
+  SSMLIB_DEVICE ssd_place(const ssd_arguments<bf16>& p, const ssd_cut& cut, int block, int groups,
+                          int supers) {
+    const int packs = cut.lanes / groups;
+    lane = block % packs * groups;
+    super = block / packs % supers;
+    sequence = block / packs / supers;
+    const index_t begin = p.begin(sequence), length = p.end(sequence) - begin;
+    const index_t from = super * cut.tokens;
+    first = begin + from;
+    last = from + cut.tokens >= length;
+    empty = super > 0 && from >= length;
+    tokens = static_cast<int>(max(index_t{0}, min(cut.tokens, length - from)));
   }
 };
 
@@ -135,12 +161,12 @@ struct ssd_plan {
 struct __align__(16) ssd_chunk_decays {
   float2 sum_and_weight[64];  // Lambda, alpha * weight; weight 0 past the end
   float start[64];            // alpha * 2^Lambda
-  float end[64];              // weight * 2^(total - Lambda)
+  std::uint32_t end[32];      // weight * 2^(total - Lambda), pairs of bf16
   float total;                // 2^total
   float padding[3];
 
   /// A warp; lane l has loaded tokens 2 l and 2 l + 1, of which `n` are left in the sequence.
-  SSMLIB_DEVICE void set(const ssd_steps<bf16>& steps, const ssd_step<float>(&loaded)[2], int n,
+  SSMLIB_DEVICE void set(const ssd_steps<bf16>& steps, const ssd_raw_step<bf16>(&loaded)[2], int n,
                          float alpha, int lane) {
     float log_a[2], w[2];
 #pragma unroll
@@ -166,19 +192,20 @@ struct __align__(16) ssd_chunk_decays {
     reinterpret_cast<float4*>(sum_and_weight)[lane] = {first, alpha * w[0], sum, alpha * w[1]};
     reinterpret_cast<float2*>(start)[lane] = {alpha * power_of_two(first),
                                               alpha * power_of_two(sum)};
-    reinterpret_cast<float2*>(end)[lane] = {w[0] * power_of_two(all - first),
-                                            w[1] * power_of_two(all - sum)};
+    end[lane] = pack_bf16(w[0] * power_of_two(all - first), w[1] * power_of_two(all - sum));
     if (lane == 0) total = power_of_two(all);
   }
 };
 
-/// Shared memory of a block: stages of a chunk's k, x of each warpgroup, and q; then, of each
-/// warpgroup, the mixed scores, the outputs and two chunks' decays; then barriers.
+/// A block: warpgroups that compute, each for a lane, and one that fetches what they read. Shared
+/// memory: stages of a chunk's k, x and decays of each warpgroup, and q; of each warpgroup, the
+/// mixed scores and the outputs; barriers.
 template <int N, int Groups, bool States>
 struct ssd_tile {
-  static constexpr int keys = N, groups = Groups, threads = 128 * Groups, chunk = 64;
+  static constexpr int keys = N, groups = Groups, threads = 128 * (Groups + 1), chunk = 64;
   static constexpr bool states = States;
-  static constexpr int blocks = States || Groups == 1 ? 2 : 1;  // of a multiprocessor
+  static constexpr int blocks = Groups == 1 ? 2 : 1;  // of a multiprocessor
+  static constexpr int registers = Groups == 1 ? 216 : 232, fetch_registers = 40;
   static constexpr int panel_bytes = 64 * 128, key_bytes = N / 64 * panel_bytes;
   static constexpr int stages = Groups == 2 ? 3 : 2;
   static constexpr int k_at = 0, x_at = key_bytes, q_at = x_at + Groups * panel_bytes;
@@ -187,88 +214,120 @@ struct ssd_tile {
   static constexpr int out_at = mixed_at + (States ? 0 : Groups * panel_bytes);
   static constexpr int decays_at = out_at + (States ? 0 : Groups * panel_bytes);
   static constexpr int barriers_at =
-      decays_at + Groups * 2 * static_cast<int>(sizeof(ssd_chunk_decays));
+      decays_at + Groups * stages * static_cast<int>(sizeof(ssd_chunk_decays));
   static constexpr int bytes = barriers_at + 2 * stages * 8;
 
   /// Where the i-th 16 keys of a row begin.
   SSMLIB_DEVICE static constexpr int key_at(int i) { return i / 4 * panel_bytes + i % 4 * 32; }
+  /// The 8 tokens that q's rows 8 i, 8 i + 1... hold: warp w has those that are w-th from both ends
+  /// of the chunk, so that warps have equally many scores under the diagonal.
+  SSMLIB_DEVICE static constexpr int tokens_of(int i) { return i % 2 == 0 ? i / 2 : 7 - i / 2; }
+  SSMLIB_DEVICE static constexpr int rows_of(int i) { return i < 4 ? 2 * i : 15 - 2 * i; }
 };
 
 /// The maps by which the copy engine reads k, q and x.
 struct ssd_maps {
   CUtensorMap k, q, x;
 
-  explicit ssd_maps(const ssd_problem<bf16>& p) : k(map(p.k)), q(map(p.q)), x(map(p.x)) {}
+  explicit ssd_maps(const ssd_problem<bf16>& p)
+      : k(map(p.k, 64)), q(map(p.q, 8)), x(map(p.x, 64)) {}
 
  private:
-  static CUtensorMap map(const view<const bf16, 3>& v) {
+  static CUtensorMap map(const view<const bf16, 3>& v, int rows) {
     const index_t whole = v.extent(0) * v.stride(0);
     return box_map(v.data, {v.extent(2), v.extent(1), v.extent(0), 1},
-                   {v.extent(1) == 1 ? v.stride(0) : v.stride(1), v.stride(0), whole}, 64);
+                   {v.extent(1) == 1 ? v.stride(0) : v.stride(1), v.stride(0), whole}, rows);
   }
 };
 
-/// Chunks of k, q and x on their way to shared memory. One thread of the block asks for them; a
-/// stage is free again when every warp has said so.
+/// Chunks on their way to shared memory. A stage is full when the copies and the decays of all
+/// lanes are there, and free when every computing warp has said so.
 template <class Tile>
 class ssd_pipeline {
  public:
   /// The block is to synchronise before anything else.
-  SSMLIB_DEVICE ssd_pipeline(unsigned char* shared, const ssd_maps& maps, index_t first, int chunks)
-      : shared_(shared),
-        full_(reinterpret_cast<std::uint64_t*>(shared + Tile::barriers_at)),
-        maps_(maps),
-        first_(static_cast<int>(first)),
-        chunks_(chunks) {
+  SSMLIB_DEVICE explicit ssd_pipeline(unsigned char* shared)
+      : shared_(shared), full_(reinterpret_cast<std::uint64_t*>(shared + Tile::barriers_at)) {
     if (threadIdx.x != 0) return;
     for (int i = 0; i < Tile::stages; ++i) {
-      barrier_init(full_ + i, 1);
+      barrier_init(full_ + i, 1 + Tile::groups);
       barrier_init(full_ + Tile::stages + i, 4 * Tile::groups);
     }
     barrier_init_done();
   }
-  /// Asks for chunk c, if there is one, when its stage is free. Groups of heads: of k and q, and of
-  /// x for the lanes v, v + 1.
-  SSMLIB_DEVICE void ask(int c, const ssd_arguments<bf16>& p, int v, int parts) {
-    if (threadIdx.x != 0 || c >= chunks_) return;
-    const int stage = c % Tile::stages;
-    if (c >= Tile::stages) {
-      barrier_wait(full_ + Tile::stages + stage, (c / Tile::stages - 1) & 1);
-    }
-    unsigned char* to = shared_ + stage * Tile::stage_bytes;
-    std::uint64_t* full = full_ + stage;
-    const int t = first_ + c * Tile::chunk, h = v / parts;
-    barrier_arrive_expect(full, Tile::stage_bytes);
+
+  /// One thread: starts the copies of all chunks of the lanes v, v + 1.
+  SSMLIB_DEVICE void copy(const ssd_maps& maps, const ssd_arguments<bf16>& p, int t, int chunks,
+                          int v, int parts) const {
+    const int gk = v / parts / p.k.heads_a_group, gq = v / parts / p.q.heads_a_group;
+    for (int c = 0; c < chunks; ++c, t += Tile::chunk) {
+      wait_free(c);
+      unsigned char* to = stage(c);
+      std::uint64_t* full = full_ + c % Tile::stages;
+      barrier_arrive_expect(full, Tile::stage_bytes);
 #pragma unroll
-    for (int i = 0; i < Tile::keys / 64; ++i) {
-      load_box(to + Tile::k_at + i * Tile::panel_bytes, &maps_.k, full, 64 * i,
-               h / p.k.heads_a_group, t, 0);
-      if constexpr (!Tile::states) {
-        load_box(to + Tile::q_at + i * Tile::panel_bytes, &maps_.q, full, 64 * i,
-                 h / p.q.heads_a_group, t, 0);
+      for (int i = 0; i < Tile::keys / 64; ++i) {
+        load_box(to + Tile::k_at + i * Tile::panel_bytes, &maps.k, full, 64 * i, gk, t, 0);
+        if constexpr (!Tile::states) {
+#pragma unroll
+          for (int r = 0; r < 8; ++r) {
+            load_box(to + Tile::q_at + i * Tile::panel_bytes + 1024 * r, &maps.q, full, 64 * i, gq,
+                     t + 8 * Tile::tokens_of(r), 0);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::groups; ++i) {
+        load_box(to + Tile::x_at + i * Tile::panel_bytes, &maps.x, full, (v + i) % parts * 64,
+                 (v + i) / parts / p.x.heads_a_group, t, 0);
       }
     }
+  }
+  /// One warp: computes the decays of all chunks of the lane of one group.
+  SSMLIB_DEVICE void decay(const ssd_steps<bf16>& steps, index_t first, int tokens, int group,
+                           float alpha, int lane) const {
+    ssd_raw_step<bf16> loaded[2] = {};
+    const auto load = [&](int from) {
 #pragma unroll
-    for (int i = 0; i < Tile::groups; ++i) {
-      load_box(to + Tile::x_at + i * Tile::panel_bytes, &maps_.x, full, (v + i) % parts * 64,
-               (v + i) / parts / p.x.heads_a_group, t, 0);
+      for (int i = 0; i < 2; ++i) {
+        if (from + 2 * lane + i < tokens) loaded[i] = steps.load(first + from + 2 * lane + i);
+      }
+    };
+    load(0);
+    for (int c = 0, from = 0; from < tokens; ++c, from += Tile::chunk) {
+      const ssd_raw_step<bf16> now[2] = {loaded[0], loaded[1]};
+      load(from + Tile::chunk);
+      wait_free(c);
+      decays(c, group)->set(steps, now, tokens - from, alpha, lane);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(full_ + c % Tile::stages);
     }
   }
   /// Waits for chunk c, whose stage is returned.
   SSMLIB_DEVICE unsigned char* wait(int c) const {
     barrier_wait(full_ + c % Tile::stages, (c / Tile::stages) & 1);
-    return shared_ + c % Tile::stages * Tile::stage_bytes;
+    return stage(c);
   }
   /// Says that this warp is done with chunk c.
   SSMLIB_DEVICE void release(int c) const {
     if (threadIdx.x % 32 == 0) barrier_arrive(full_ + Tile::stages + c % Tile::stages);
   }
+  SSMLIB_DEVICE ssd_chunk_decays* decays(int c, int group) const {
+    return reinterpret_cast<ssd_chunk_decays*>(shared_ + Tile::decays_at) +
+           (c % Tile::stages * Tile::groups + group);
+  }
 
  private:
+  SSMLIB_DEVICE unsigned char* stage(int c) const {
+    return shared_ + c % Tile::stages * Tile::stage_bytes;
+  }
+  SSMLIB_DEVICE void wait_free(int c) const {
+    if (c < Tile::stages) return;
+    barrier_wait(full_ + Tile::stages + c % Tile::stages, (c / Tile::stages - 1) & 1);
+  }
+
   unsigned char* shared_;
   std::uint64_t* full_;
-  const ssd_maps& maps_;
-  int first_, chunks_;
 };
 
 /// Clears rows [n, 64) of panels at `panel`: what follows a sequence must not enter its sums.
@@ -331,51 +390,57 @@ SSMLIB_DEVICE void ssd_store_state(const float (&state)[N / 2], float* to, index
   }
 }
 
-/// mixed = scores, decayed, weighted and masked, plus d on the diagonal, as bf16 into a panel, in
-/// blocks of 16 x 16 up to the diagonal.
+/// mixed = scores, decayed, weighted and masked, plus d on the diagonal, as bf16 into a panel, up
+/// to the diagonal's blocks of 16 x 16. The scores' rows are in the order of ssd_tile::tokens_of,
+/// those of mixed are the chunk's tokens.
 SSMLIB_DEVICE void ssd_mix(const float (&scores)[32], const ssd_chunk_decays& decays, float d,
                            int warp, int lane, std::uint32_t panel) {
-  const int i = warp * 16 + lane / 4, t = lane % 4;
-  const float upper = decays.sum_and_weight[i].x, lower = decays.sum_and_weight[i + 8].x;
-  const int store_row = warp * 16 + lane % 16;
+  const int t = lane % 4;
 #pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    if (b > warp) continue;
-    std::uint32_t r[4];
+  for (int half = 0; half < 2; ++half) {
+    const int block = half == 0 ? warp : 7 - warp, i = 8 * block + lane / 4;
+    const float sum = decays.sum_and_weight[i].x;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int at = 2 * b + half;
-      const float4 w = reinterpret_cast<const float4*>(decays.sum_and_weight)[4 * at + t];
-      float m[4] = {scores[4 * at] * (power_of_two(upper - w.x) * w.y),
-                    scores[4 * at + 1] * (power_of_two(upper - w.z) * w.w),
-                    scores[4 * at + 2] * (power_of_two(lower - w.x) * w.y),
-                    scores[4 * at + 3] * (power_of_two(lower - w.z) * w.w)};
-      if (b == warp) {
+    for (int b = 0; b < 4; ++b) {
+      if (b > block / 2) continue;
+      float m[4];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float4 w =
+            reinterpret_cast<const float4*>(decays.sum_and_weight)[4 * (2 * b + e) + t];
+        const int at = 4 * (2 * b + e) + 2 * half;
+        m[2 * e] = scores[at] * (power_of_two(sum - w.x) * w.y);
+        m[2 * e + 1] = scores[at + 1] * (power_of_two(sum - w.z) * w.w);
+      }
+      if (b == block / 2) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int row = i + e / 2 * 8, column = 8 * at + 2 * t + e % 2;
-          m[e] = column > row ? 0.0f : column == row ? m[e] + d : m[e];
+          const int column = 16 * b + 8 * (e / 2) + 2 * t + e % 2;
+          m[e] = column > i ? 0.0f : column == i ? m[e] + d : m[e];
         }
       }
-      r[2 * half] = pack_bf16(m[0], m[1]);
-      r[2 * half + 1] = pack_bf16(m[2], m[3]);
+      store_matrix_x2(panel + swizzled(8 * block + lane % 8, 2 * b + lane / 8 % 2),
+                      pack_bf16(m[0], m[1]), pack_bf16(m[2], m[3]));
     }
-    store_matrix_x4(panel + swizzled(store_row, 2 * b + lane / 16), r[0], r[1], r[2], r[3]);
   }
 }
 
-/// out += (left (64 x 64) mixed^T), where mixed lies in a panel and is zero above its diagonal.
+/// out += (left (64 x 64) mixed^T), where mixed lies in a panel and is zero above its diagonal, and
+/// out's columns are in the order of Tile::tokens_of.
+template <class Tile>
 SSMLIB_DEVICE void ssd_multiply_mixed(float (&out)[32], const std::uint32_t (&left)[4][4],
                                       std::uint32_t panel, int lane) {
   const int row = lane % 8 + lane / 16 * 8, column = lane / 8 % 2;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
+    float(&upper)[4] = reinterpret_cast<float(&)[4]>(out[4 * Tile::rows_of(2 * i)]);
+    float(&lower)[4] = reinterpret_cast<float(&)[4]>(out[4 * Tile::rows_of(2 * i + 1)]);
 #pragma unroll
     for (int j = 0; j <= i; ++j) {
       std::uint32_t r[4];
       load_matrix_x4(r, panel + swizzled(16 * i + row, 2 * j + column));
-      multiply_add_16x8x16(reinterpret_cast<float(&)[4]>(out[8 * i]), left[j], r[0], r[1]);
-      multiply_add_16x8x16(reinterpret_cast<float(&)[4]>(out[8 * i + 4]), left[j], r[2], r[3]);
+      multiply_add_16x8x16(upper, left[j], r[0], r[1]);
+      multiply_add_16x8x16(lower, left[j], r[2], r[3]);
     }
   }
 }
@@ -392,29 +457,26 @@ SSMLIB_DEVICE void ssd_load_transposed(std::uint32_t (&r)[4][4], std::uint32_t p
 /// to = from with its token columns scaled by their weight and decay to the chunk's end.
 SSMLIB_DEVICE void ssd_weigh(std::uint32_t (&to)[4][4], const std::uint32_t (&from)[4][4],
                              const ssd_chunk_decays& decays, int lane) {
-  const auto scale = [](std::uint32_t pair, float2 w) {
-    return pack_bf16(__uint_as_float(pair << 16) * w.x, __uint_as_float(pair & 0xffff0000u) * w.y);
-  };
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float* at = decays.end + 16 * i + 2 * (lane % 4);
-    const float2 near = *reinterpret_cast<const float2*>(at);
-    const float2 far = *reinterpret_cast<const float2*>(at + 8);
-    to[i][0] = scale(from[i][0], near), to[i][1] = scale(from[i][1], near);
-    to[i][2] = scale(from[i][2], far), to[i][3] = scale(from[i][3], far);
+    const std::uint32_t near = decays.end[8 * i + lane % 4], far = decays.end[8 * i + 4 + lane % 4];
+    to[i][0] = multiply_pairs(from[i][0], near), to[i][1] = multiply_pairs(from[i][1], near);
+    to[i][2] = multiply_pairs(from[i][2], far), to[i][3] = multiply_pairs(from[i][3], far);
   }
 }
 
-/// The transpose of a product's (64 x 64) registers, as bf16 into a panel.
+/// The transpose of a product's (64 x 64) registers, as bf16 into a panel. Columns in the order of
+/// ssd_tile::tokens_of become rows in that of the tokens.
 SSMLIB_DEVICE void ssd_stage_transposed(const float (&r)[32], std::uint32_t panel, int warp,
                                         int lane) {
-  const int row = lane % 8 + lane / 16 * 8, column = 2 * warp + lane / 8 % 2;
+  const int column = 2 * warp + lane / 8 % 2;
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
-    store_matrix_x4_transposed(
-        panel + swizzled(16 * b + row, column), pack_bf16(r[8 * b], r[8 * b + 1]),
-        pack_bf16(r[8 * b + 2], r[8 * b + 3]), pack_bf16(r[8 * b + 4], r[8 * b + 5]),
-        pack_bf16(r[8 * b + 6], r[8 * b + 7]));
+    const int row = 8 * (lane < 16 ? b : 7 - b) + lane % 8;
+    store_matrix_x4_transposed(panel + swizzled(row, column), pack_bf16(r[8 * b], r[8 * b + 1]),
+                               pack_bf16(r[8 * b + 2], r[8 * b + 3]),
+                               pack_bf16(r[8 * b + 4], r[8 * b + 5]),
+                               pack_bf16(r[8 * b + 6], r[8 * b + 7]));
   }
 }
 
