@@ -95,6 +95,54 @@ SSMLIB_DEVICE void store_numbers(T* p, const numbers<T, Count>& x, int valid, bo
   }
 }
 
+/// Neighbours in registers as they came from memory: unpacking them at once would wait for them.
+template <class T, int Count>
+struct packed {
+  using type = numbers<T, Count>;
+};
+template <>
+struct packed<bf16, 2> {
+  using type = std::uint32_t;
+};
+template <>
+struct packed<bf16, 4> {
+  using type = uint2;
+};
+template <class T, int Count>
+using packed_t = typename packed<T, Count>::type;
+
+template <class T, int Count>
+SSMLIB_DEVICE numbers<T, Count> widen(const numbers<T, Count>& x) {
+  return x;
+}
+SSMLIB_DEVICE numbers<float, 2> widen(std::uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+SSMLIB_DEVICE numbers<float, 4> widen(uint2 quad) {
+  return {__uint_as_float(quad.x << 16), __uint_as_float(quad.x & 0xffff0000u),
+          __uint_as_float(quad.y << 16), __uint_as_float(quad.y & 0xffff0000u)};
+}
+template <class T, class R>
+SSMLIB_DEVICE packed_t<T, 2> narrow_pair(const R (&x)[2]) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return pack_bf16(x[0], x[1]);
+  } else {
+    return {narrow<T>(x[0]), narrow<T>(x[1])};
+  }
+}
+
+/// The first `valid` of Count neighbours one by one, zeros beyond.
+template <int Count, class T>
+SSMLIB_DEVICE packed_t<T, Count> load_singly(const T* p, int valid) {
+  numbers<T, Count> r{};
+#pragma unroll
+  for (int i = 0; i < Count; ++i)
+    if (i < valid) r.v[i] = p[i];
+  packed_t<T, Count> word;
+  memcpy(&word, &r, sizeof word);
+  return word;
+}
+
 /// Whether rows of this start and stride (in elements) can be read `count` numbers at a time.
 template <class T>
 [[nodiscard]] inline bool rows_are_aligned(const T* data, std::int64_t stride, int count) {

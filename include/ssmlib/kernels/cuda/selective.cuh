@@ -217,7 +217,7 @@ template <class T>
            (v.extents[1] == 1 || rows_are_aligned(v.data, v.strides[1], 4));
   };
   o.paired = o.group_channels % 2 == 0 && pairs(p.dt) && pairs(p.u) && pairs(p.gate);
-  o.quads = quads(p.b) && quads(p.c);
+  o.quads = p.states() % 4 == 0 && quads(p.b) && quads(p.c);
   return o;
 }
 

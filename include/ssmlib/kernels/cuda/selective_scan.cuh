@@ -147,16 +147,22 @@ class state_rows {
   static constexpr bool held = share <= 4;  // in registers, ahead of their use
 
   struct source {
-    const view<const T, 3>& from;
-    index_t group, begin, end;
+    const T* from;  // the first row
+    index_t stride;
+    int tokens, states;  // that exist
     bool aligned;
   };
 
   SSMLIB_DEVICE void load(const source& s, int thread) {
-    if constexpr (held) {
+    if constexpr (!held) return;
+    if (s.aligned) {
 #pragma unroll
-      for (int k = 0; k < share; ++k)
-        raw_[k] = quad(s, thread + k * Threads);
+      for (int k = 0; k < (held ? share : 0); ++k)
+        raw_[k] = quad<true>(s, thread + k * Threads);
+    } else {
+#pragma unroll
+      for (int k = 0; k < (held ? share : 0); ++k)
+        raw_[k] = quad<false>(s, thread + k * Threads);
     }
   }
   SSMLIB_DEVICE void store(const source& s, real* to, int thread) const {
@@ -164,32 +170,64 @@ class state_rows {
     for (int k = 0; k < share; ++k) {
       const int i = thread + k * Threads;
       if (quads % Threads != 0 && i >= quads) continue;
-      numbers<T, 4> raw;
+      packed_t<T, 4> raw;
       if constexpr (held) {
         raw = raw_[k];
       } else {
-        raw = quad(s, i);
+        raw = s.aligned ? quad<true>(s, i) : quad<false>(s, i);
       }
-      numbers<real, 4> wide;
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        wide.v[j] = widen(raw.v[j]);
-      reinterpret_cast<numbers<real, 4>*>(to)[i] = wide;
+      reinterpret_cast<numbers<real, 4>*>(to)[i] = widen(raw);
     }
   }
 
  private:
-  SSMLIB_DEVICE static numbers<T, 4> quad(const source& s, int i) {
+  template <bool Aligned>
+  SSMLIB_DEVICE static packed_t<T, 4> quad(const source& s, int i) {
     const int t = i / (States / 4), n = i % (States / 4) * 4;
-    const bool valid = i < quads && s.begin + t < s.end;
-    const int count = valid ? static_cast<int>(min(index_t{4}, s.from.extents[2] - n)) : 0;
-    return load_numbers<4>(
-        s.from.data + (s.begin + t) * s.from.strides[0] + s.group * s.from.strides[1] + n, count,
-        s.aligned);
+    const bool valid = i < quads && t < s.tokens && n < s.states;
+    const T* p = s.from + t * s.stride + n;
+    if constexpr (Aligned) {
+      packed_t<T, 4> x{};
+      if (valid) x = *reinterpret_cast<const packed_t<T, 4>*>(p);
+      return x;
+    } else {
+      return load_singly<4>(p, valid ? min(4, s.states - n) : 0);
+    }
   }
 
-  numbers<T, 4> raw_[held ? share : 1];
+  packed_t<T, 4> raw_[held ? share : 1];
 };
+
+/// A lane's pairs of channels in one tile of tokens: Items of them, `step` numbers apart in memory.
+template <int Items, int ItemStep, class T>
+SSMLIB_DEVICE void load_pairs(const T* p, index_t step, int token, int tokens, int channels,
+                              bool paired, packed_t<T, 2> (&to)[Items]) {
+  if (paired) {  // then the pair exists as a whole or not at all
+    const int count = channels > 0 ? tokens : 0;
+#pragma unroll
+    for (int k = 0; k < Items; ++k) {
+      to[k] = {};
+      if (token + k * ItemStep < count) {
+        to[k] = *reinterpret_cast<const packed_t<T, 2>*>(p + k * step);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < Items; ++k)
+      to[k] = load_singly<2>(p + k * step, token + k * ItemStep < tokens ? channels : 0);
+  }
+}
+template <class T>
+SSMLIB_DEVICE void store_pair(T* p, packed_t<T, 2> x, int channels, bool paired) {
+  if (paired) {
+    if (channels > 0) *reinterpret_cast<packed_t<T, 2>*>(p) = x;
+  } else {
+    numbers<T, 2> r;
+    memcpy(&r, &x, sizeof r);
+    if (channels > 0) p[0] = r.v[0];
+    if (channels > 1) p[1] = r.v[1];
+  }
+}
 
 enum class scan_mode {
   outputs,  ///< y
@@ -278,81 +316,93 @@ __global__ void __launch_bounds__(scan_warps(Own* Lanes) * 32, scan_blocks<Own, 
   }
   R sums[2] = {};
 
-  const view<const T, 2>& source = reversed ? to.dy : o.p.u;
-  numbers<T, 2> raw_dt[items], raw_in[items], raw_gate[items];
-  const auto load_pair = [&](const view<const T, 2>& from, index_t t, bool valid) {
-    return load_numbers<2>(from.data + t * from.strides[0] + item_channel,
-                           valid ? item_channels : 0, o.paired);
+  const index_t tokens = r.end - r.begin, chunks = (tokens + scan_tokens - 1) / scan_tokens;
+  // Pointers to a lane's first item of the first tile, then of each next one.
+  const index_t t0 = r.begin + (reversed ? max(chunks - 1, index_t{0}) * scan_tokens : 0);
+  const auto first_item = [&](const view<const T, 2>& rows) {
+    return rows.data + (t0 + at.item_token) * rows.strides[0] + item_channel;
   };
-  const auto is_token = [&](index_t t0, int k) {
-    const int t = at.item_token + k * layout::item_step;
-    return t < scan_tokens && t0 + t < r.end;
-  };
+  const view<const T, 2>& inputs = reversed ? to.dy : o.p.u;
+  const view<const T, 3>& weights = reversed ? o.p.c : o.p.b;
+  constexpr index_t tile_step = reversed ? -scan_tokens : scan_tokens;
+  const index_t dt_stride = o.p.dt.strides[0], in_stride = inputs.strides[0];
+  const index_t gate_stride = o.p.gate.strides[0], y_stride = to.y.strides[0];
+  const T *dt_item = first_item(o.p.dt), *in_item = first_item(inputs);
+  const T* gate_item = o.p.gate.data ? first_item(o.p.gate) : nullptr;
+  T* y_item = outputs ? to.y.data + (t0 + at.item_token) * y_stride + item_channel : nullptr;
+  const T* first_row = weights.data + t0 * weights.strides[0] +
+                       (reversed ? range.c_group : range.b_group) * weights.strides[1];
+  const T* second_row =
+      o.p.c.data + t0 * o.p.c.strides[0] + range.c_group * o.p.c.strides[1];
+  R* checkpoint = to.checkpoints
+                      ? to.checkpoints + (r.checkpoint(t0) * D + channel) * N
+                      : nullptr;
   using rows = state_rows<states, 32, T>;
-  const auto first_rows = [&](index_t t0) -> typename rows::source {
-    if constexpr (reversed) return {o.p.c, range.c_group, t0, r.end, o.quads};
-    return {o.p.b, range.b_group, t0, r.end, o.quads};
-  };
-  const auto second_rows = [&](index_t t0) -> typename rows::source {
-    return {o.p.c, range.c_group, t0, r.end, o.quads};
-  };
   rows first, second;
+  packed_t<T, 2> raw_dt[items], raw_in[items], raw_gate[items];
+  const auto load_items = [&](const T* p, index_t stride, int count, packed_t<T, 2>(&raw)[items]) {
+    load_pairs<items, layout::item_step>(p, layout::item_step * stride, at.item_token, count,
+                                         item_channels, o.paired, raw);
+  };
+  const auto rows_at = [&](const T* p, index_t stride, int count) -> typename rows::source {
+    return {p, stride, count, static_cast<int>(N), o.quads};
+  };
+  // Tokens of tile k.
+  const auto tile_tokens = [&](index_t k) {
+    const index_t tile = reversed ? chunks - 1 - k : k;
+    return static_cast<int>(min(index_t{scan_tokens}, tokens - tile * scan_tokens));
+  };
   // All but gates of y, which are wanted late.
-  const auto fetch = [&](index_t t0) {
-#pragma unroll
-    for (int k = 0; k < items; ++k) {
-      const index_t t = t0 + at.item_token + k * layout::item_step;
-      const bool valid = is_token(t0, k);
-      raw_dt[k] = load_pair(o.p.dt, t, valid);
-      raw_in[k] = load_pair(source, t, valid);
-      if (reversed && o.p.gate.data) raw_gate[k] = load_pair(o.p.gate, t, valid);
-    }
-    first.load(first_rows(t0), at.lane);
-    if constexpr (outputs) second.load(second_rows(t0), at.lane);
+  const auto fetch = [&](int count) {
+    load_items(dt_item, dt_stride, count, raw_dt);
+    load_items(in_item, in_stride, count, raw_in);
+    if (reversed && gate_item) load_items(gate_item, gate_stride, count, raw_gate);
+    first.load(rows_at(first_row, weights.strides[0], count), at.lane);
+    if constexpr (outputs) second.load(rows_at(second_row, o.p.c.strides[0], count), at.lane);
   };
 
-  const index_t tokens = r.end - r.begin, chunks = (tokens + scan_tokens - 1) / scan_tokens;
-  const auto chunk_begin = [&](index_t k) {
-    return r.begin + (reversed ? chunks - 1 - k : k) * scan_tokens;
-  };
-  if (chunks > 0) fetch(chunk_begin(0));
+  if (chunks > 0) fetch(tile_tokens(0));
   for (index_t k = 0; k < chunks; ++k) {
-    const index_t t0 = chunk_begin(k);
-    if (!reversed && to.checkpoints) {
-      store_rows(h, N, at.state, channels, to.checkpoints + (r.checkpoint(t0) * D + channel) * N);
+    const int count = tile_tokens(k);
+    if (!reversed && checkpoint) {
+      store_rows(h, N, at.state, channels, checkpoint);
+      checkpoint += D * N;
     }
-    numbers<T, 2> u[items];
+    packed_t<T, 2> u[items];
 #pragma unroll
     for (int i = 0; i < items; ++i) {
       const int t = at.item_token + i * layout::item_step;
       if (scan_tokens % layout::item_step != 0 && t >= scan_tokens) continue;
-      const bool valid = is_token(t0, i);
+      const auto dt = widen(raw_dt[i]), in = widen(raw_in[i]);
       numbers<R, 4> step;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        R delta = widen(raw_dt[i].v[e]) + bias[e], in = widen(raw_in[i].v[e]);
-        if (o.p.softplus) delta = softplus(delta);
-        delta = valid ? delta : R(0);  // a step of zero leaves the state as it is
-        if (reversed && o.p.gate.data) in *= silu(widen(raw_gate[i].v[e]));
+        const R raw = dt.v[e] + bias[e], soft = softplus(raw);
+        // a step of zero leaves the state as it is
+        const R delta = t < count ? (o.p.softplus ? soft : raw) : R(0);
         step.v[e] = delta;
-        step.v[2 + e] = reversed ? in : delta * in;
+        step.v[2 + e] = reversed ? in.v[e] : delta * in.v[e];
+      }
+      if (reversed && gate_item) {
+        const auto z = widen(raw_gate[i]);
+        step.v[2] *= silu(z.v[0]);
+        step.v[3] *= silu(z.v[1]);
       }
       m.steps[t * layout::pairs + at.item_pair] = step;
       u[i] = raw_in[i];
     }
-    first.store(first_rows(t0), m.first, at.lane);
-    if constexpr (outputs) second.store(second_rows(t0), m.second, at.lane);
-    __syncwarp();
-    if (k + 1 < chunks) fetch(chunk_begin(k + 1));
+    first.store(rows_at(first_row, weights.strides[0], count), m.first, at.lane);
     if constexpr (outputs) {
-      if (o.p.gate.data) {
-#pragma unroll
-        for (int i = 0; i < items; ++i) {
-          raw_gate[i] =
-              load_pair(o.p.gate, t0 + at.item_token + i * layout::item_step, is_token(t0, i));
-        }
-      }
+      second.store(rows_at(second_row, o.p.c.strides[0], count), m.second, at.lane);
     }
+    __syncwarp();
+    if (outputs && gate_item) load_items(gate_item, gate_stride, count, raw_gate);
+    dt_item += tile_step * dt_stride;
+    in_item += tile_step * in_stride;
+    if (gate_item) gate_item += tile_step * gate_stride;
+    first_row += tile_step * weights.strides[0];
+    second_row += tile_step * o.p.c.strides[0];
+    if (k + 1 < chunks) fetch(tile_tokens(k + 1));
 
 #pragma unroll 4
     for (int s = 0; s < scan_tokens; ++s) {
@@ -387,30 +437,39 @@ __global__ void __launch_bounds__(scan_warps(Own* Lanes) * 32, scan_blocks<Own, 
     __syncwarp();
 
     if constexpr (outputs) {
+      R factor[items][2];
+#pragma unroll
+      for (int i = 0; i < items; ++i)
+        factor[i][0] = factor[i][1] = R(1);
+      if (gate_item) {
+#pragma unroll
+        for (int i = 0; i < items; ++i) {
+          const auto z = widen(raw_gate[i]);
+          factor[i][0] = silu(z.v[0]);
+          factor[i][1] = silu(z.v[1]);
+        }
+      }
 #pragma unroll
       for (int i = 0; i < items; ++i) {
         const int t = at.item_token + i * layout::item_step;
-        if (scan_tokens % layout::item_step != 0 && t >= scan_tokens) continue;
+        if (t >= count) continue;
         const auto* parts = reinterpret_cast<const numbers<R, 2>*>(
             m.y + (t * layout::pairs + at.item_pair) * memory::y_row);
-        numbers<R, 2> y = parts[0];
+        R y[2] = {parts[0].v[0], parts[0].v[1]};
 #pragma unroll
         for (int l = 1; l < Lanes; ++l) {
-          y.v[0] += parts[l].v[0];
-          y.v[1] += parts[l].v[1];
+          const numbers<R, 2> part = parts[l];
+          y[0] += part.v[0];
+          y[1] += part.v[1];
         }
-        numbers<T, 2> out;
+        const auto in = widen(u[i]);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          y.v[e] = fma(skip[e], widen(u[i].v[e]), y.v[e]);
-          if (o.p.gate.data) y.v[e] *= silu(widen(raw_gate[i].v[e]));
-          out.v[e] = narrow<T>(y.v[e]);
-        }
-        if (is_token(t0, i)) {
-          store_numbers<2>(to.y.data + (t0 + t) * to.y.strides[0] + item_channel, out,
-                           item_channels, o.paired);
-        }
+        for (int e = 0; e < 2; ++e)
+          y[e] = fma(skip[e], in.v[e], y[e]) * factor[i][e];
+        store_pair(y_item + i * layout::item_step * y_stride, narrow_pair<T>(y), item_channels,
+                   o.paired);
       }
+      y_item += tile_step * y_stride;
     }
   }
 

@@ -84,19 +84,26 @@ class vjp_chunk {
   SSMLIB_DEVICE int item_channels() const {
     return min(2, max(0, static_cast<int>(range.count) - 2 * at.item_pair));
   }
-  SSMLIB_DEVICE numbers<T, 2> load_pair(const view<const T, 2>& from, index_t t, bool valid) const {
-    return load_numbers<2>(from.data + t * from.strides[0] + item_channel(),
-                           valid ? item_channels() : 0, o.paired);
+  SSMLIB_DEVICE void load_items(const view<const T, 2>& from, index_t t0, int count,
+                                packed_t<T, 2> (&raw)[items]) const {
+    load_pairs<items, layout::item_step>(
+        from.data + (t0 + at.item_token) * from.strides[0] + item_channel(),
+        layout::item_step * from.strides[0], at.item_token, count, item_channels(), o.paired, raw);
   }
-  SSMLIB_DEVICE void store_pair(const view<T, 2>& to_rows, index_t t, const R (&x)[2]) const {
-    T* p = to_rows.data + t * to_rows.strides[0] + item_channel();
-    numbers<T, 2> out;
-    numbers<T, 2> old{};
-    if (to.d.add) old = load_numbers<2>(static_cast<const T*>(p), item_channels(), o.paired);
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      out.v[e] = narrow<T>(to.d.add ? x[e] + widen(old.v[e]) : x[e]);
-    store_numbers<2>(p, out, item_channels(), o.paired);
+  SSMLIB_DEVICE void store_item(const view<T, 2>& rows, index_t t, const R (&x)[2]) const {
+    T* p = rows.data + t * rows.strides[0] + item_channel();
+    if (to.d.add) {
+      packed_t<T, 2> old[1];
+      load_pairs<1, 1>(static_cast<const T*>(p), 0, 0, 1, item_channels(), o.paired, old);
+      const auto before = widen(old[0]);
+      const R sum[2] = {x[0] + before.v[0], x[1] + before.v[1]};
+      detail::store_pair(p, narrow_pair<T>(sum), item_channels(), o.paired);
+    } else {
+      detail::store_pair(p, narrow_pair<T>(x), item_channels(), o.paired);
+    }
+  }
+  SSMLIB_DEVICE int tokens_from(index_t t0) const {
+    return static_cast<int>(min(index_t{scan_tokens}, r.end - t0));
   }
 
   SSMLIB_DEVICE void run(index_t t0, bool accumulate, vjp_carry<Own, R>& s) {
@@ -151,39 +158,35 @@ class vjp_chunk {
         h[i][j] = from[(i * Own + j) / 4].v[(i * Own + j) % 4];
   }
 
-  SSMLIB_DEVICE bool is_token(index_t t0, int t) const {
-    return t < scan_tokens && t0 + t < r.end;
-  }
-
   SSMLIB_DEVICE void make_steps(index_t t0) {
-    numbers<T, 2> dt[items], u[items], dy[items], gate[items];
-#pragma unroll
-    for (int k = 0; k < items; ++k) {
-      const int t = at.item_token + k * layout::item_step;
-      const bool valid = is_token(t0, t);
-      dt[k] = load_pair(o.p.dt, t0 + t, valid);
-      u[k] = load_pair(o.p.u, t0 + t, valid);
-      dy[k] = load_pair(to.dy, t0 + t, valid);
-      if constexpr (Gated) gate[k] = load_pair(o.p.gate, t0 + t, valid);
-    }
+    const int count = tokens_from(t0);
+    packed_t<T, 2> raw_dt[items], raw_u[items], raw_dy[items], raw_gate[items];
+    load_items(o.p.dt, t0, count, raw_dt);
+    load_items(o.p.u, t0, count, raw_u);
+    load_items(to.dy, t0, count, raw_dy);
+    if constexpr (Gated) load_items(o.p.gate, t0, count, raw_gate);
+    const R shift[2] = {bias(0), bias(1)};
 #pragma unroll
     for (int k = 0; k < items; ++k) {
       const int t = at.item_token + k * layout::item_step;
       if (scan_tokens % layout::item_step != 0 && t >= scan_tokens) continue;
+      const auto dt = widen(raw_dt[k]), u = widen(raw_u[k]);
+      auto dy = widen(raw_dy[k]);
+      if constexpr (Gated) {
+        const auto z = widen(raw_gate[k]);
+        dy.v[0] *= silu(z.v[0]);
+        dy.v[1] *= silu(z.v[1]);
+      }
       numbers<R, 4> step;
-      numbers<R, 2> out;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        R d = widen(dt[k].v[e]) + bias(e);
-        if (o.p.softplus) d = softplus(d);
-        if (!is_token(t0, t)) d = R(0);
-        step.v[e] = d;
-        step.v[2 + e] = d * widen(u[k].v[e]);
-        out.v[e] = widen(dy[k].v[e]);
-        if constexpr (Gated) out.v[e] *= silu(widen(gate[k].v[e]));
+        const R raw = dt.v[e] + shift[e], soft = softplus(raw);
+        const R delta = t < count ? (o.p.softplus ? soft : raw) : R(0);
+        step.v[e] = delta;
+        step.v[2 + e] = delta * u.v[e];
       }
       m.steps[t * layout::pairs + at.item_pair] = step;
-      m.dy[t * layout::pairs + at.item_pair] = out;
+      m.dy[t * layout::pairs + at.item_pair] = {dy.v[0], dy.v[1]};
     }
   }
   SSMLIB_DEVICE R bias(int e) const {
@@ -304,46 +307,53 @@ class vjp_chunk {
 
   SSMLIB_DEVICE void finish(index_t t0, vjp_carry<Own, R>& s) {
     const selective_gradients<T>& d = to.d;
-#pragma unroll 1
+    const int count = tokens_from(t0);
+    // Once more from the cache: registers are dearer.
+    packed_t<T, 2> raw_dt[items], raw_u[items], raw_dy[items], raw_gate[items];
+    load_items(o.p.dt, t0, count, raw_dt);
+    load_items(o.p.u, t0, count, raw_u);
+    load_items(to.dy, t0, count, raw_dy);
+    if constexpr (Gated) load_items(o.p.gate, t0, count, raw_gate);
+    const R shift[2] = {bias(0), bias(1)}, skip[2] = {skip_weight(0), skip_weight(1)};
+#pragma unroll
     for (int k = 0; k < items; ++k) {
       const int t = at.item_token + k * layout::item_step;
-      if (!is_token(t0, t)) continue;
-      const index_t token = t0 + t;
-      const auto dt = load_pair(o.p.dt, token, true), u = load_pair(o.p.u, token, true);
-      const auto out = load_pair(to.dy, token, true);
-      numbers<T, 2> gate{};
-      if constexpr (Gated) gate = load_pair(o.p.gate, token, true);
+      if (t >= count) continue;
+      const auto dt = widen(raw_dt[k]), u = widen(raw_u[k]);
+      auto dy = widen(raw_dy[k]);
       const int i = t * layout::pairs + at.item_pair;
       const numbers<R, 4> step = m.steps[i];  // delta, delta, sums of g b
       const numbers<R, 2> agh = m.dy[i];
-      numbers<R, 2> y{};
-      if constexpr (Gated) y = m.y[i];
       R d_dt[2], d_u[2], d_gate[2];
+      if constexpr (Gated) {
+        const auto gate = widen(raw_gate[k]);
+        const numbers<R, 2> y = m.y[i];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const auto z = silu_and_slope(gate.v[e]);
+          d_gate[e] = dy.v[e] * fma(skip[e], u.v[e], y.v[e]) * z.slope;
+          dy.v[e] *= z.value;
+        }
+      }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const R in = widen(u.v[e]);
-        const R skip = o.p.skip && e < item_channels() ? o.p.skip[item_channel() + e] : R(0);
-        R dy = widen(out.v[e]);
-        if constexpr (Gated) {
-          const auto z = silu_and_slope(widen(gate.v[e]));
-          d_gate[e] = dy * fma(skip, in, y.v[e]) * z.slope;
-          dy *= z.value;
-        }
-        d_u[e] = fma(step.v[e], step.v[2 + e], skip * dy);
-        d_dt[e] = fma(in, step.v[2 + e], agh.v[e] * R(1.0 / log2_of_e));
-        if (o.p.softplus) {
-          const R x = widen(dt.v[e]) + bias(e);
-          d_dt[e] *= sizeof(R) == 8 && x > R(20) ? R(1) : sigmoid(x);
-        }
-        s.d_skip[e] = fma(dy, in, s.d_skip[e]);
+        d_u[e] = fma(step.v[e], step.v[2 + e], skip[e] * dy.v[e]);
+        const R x = dt.v[e] + shift[e];
+        const R slope = sizeof(R) == 8 && x > R(20) ? R(1) : sigmoid(x);
+        d_dt[e] = fma(u.v[e], step.v[2 + e], agh.v[e] * R(1.0 / log2_of_e)) *
+                  (o.p.softplus ? slope : R(1));
+        s.d_skip[e] = fma(dy.v[e], u.v[e], s.d_skip[e]);
         s.d_bias[e] += d_dt[e];
       }
-      if (d.u.data) store_pair(d.u, token, d_u);
-      if (d.dt.data) store_pair(d.dt, token, d_dt);
+      if (d.u.data) store_item(d.u, t0 + t, d_u);
+      if (d.dt.data) store_item(d.dt, t0 + t, d_dt);
       if constexpr (Gated) {
-        if (d.gate.data) store_pair(d.gate, token, d_gate);
+        if (d.gate.data) store_item(d.gate, t0 + t, d_gate);
       }
     }
+  }
+  SSMLIB_DEVICE R skip_weight(int e) const {
+    return o.p.skip && e < item_channels() ? o.p.skip[item_channel() + e] : R(0);
   }
 };
 
@@ -396,8 +406,12 @@ __global__ void __launch_bounds__(Warps * 32, Lanes == 4 && sizeof(accum_t<T>) =
       const index_t t0 = r.begin + max(k, index_t{0}) * scan_tokens;
       if (k >= 0) {
         using rows = state_rows<states, threads, T>;
-        const typename rows::source bs{o.p.b, whole.b_group, t0, r.end, o.quads};
-        const typename rows::source cs{o.p.c, whole.c_group, t0, r.end, o.quads};
+        const auto source = [&](const view<const T, 3>& v, index_t group) -> typename rows::source {
+          return {v.data + t0 * v.strides[0] + group * v.strides[1], v.strides[0],
+                  static_cast<int>(min(index_t{scan_tokens}, r.end - t0)), static_cast<int>(N),
+                  o.quads};
+        };
+        const auto bs = source(o.p.b, whole.b_group), cs = source(o.p.c, whole.c_group);
         rows b_rows, c_rows;
         b_rows.load(bs, threadIdx.x);
         c_rows.load(cs, threadIdx.x);
