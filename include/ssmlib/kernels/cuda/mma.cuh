@@ -21,7 +21,17 @@ SSMLIB_DEVICE void copy_async_16(void* shared, const void* global, bool valid = 
                "l"(global), "r"(bytes)
                : "memory");
 }
-SSMLIB_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// The same, and asks for the 256 bytes around them: later copies will want those.
+SSMLIB_DEVICE void copy_async_16_line(void* shared, const void* global, bool valid = true) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile(
+      "cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes)
+      : "memory");
+}
+SSMLIB_DEVICE void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 /// Waits until at most `Pending` groups of this thread's copies are under way.
 template <int Pending>
 SSMLIB_DEVICE void wait_copies() {

@@ -1,0 +1,305 @@
+#pragma once
+
+#include <ssmlib/kernels/cuda/launch.cuh>
+#include <ssmlib/kernels/cuda/mma.cuh>
+#include <ssmlib/kernels/cuda/skinny.hpp>
+
+#include <cstdint>
+
+/// @file
+/// What the kernels of skinny_forward share: f(x) in bf16 with one order of sums, and the kernels
+/// for any type.
+
+namespace ssm::kernels::cuda::detail {
+
+/// skinny_problem as kernels take it.
+template <class X, class W, class Y>
+struct skinny_arguments {
+  using real = std::conditional_t<std::is_same_v<W, double>, double, float>;
+
+  const X *x, *gate;
+  const W* w;
+  Y* y;
+  const Y* residual;
+  index_t x_step, gate_step, w_step, y_step, residual_step;
+  const real *bias, *norm_weight;
+  real epsilon;
+  int m, n, k, group;
+  bool normalise, early;
+  void* packed;   // f(x), where a kernel ahead makes it
+  float* scales;  // (m), where that kernel leaves the normalisation to the product's end
+
+  /// Whether a row's 1 / sqrt(...) is one factor of its products: the sums need not wait for it.
+  [[nodiscard]] SSMLIB_DEVICE bool scaled_last() const { return normalise && group == k; }
+
+  /// An element of y from its dot product, in every tensor core kernel by the same operations.
+  [[nodiscard]] SSMLIB_DEVICE float finished(float value, float scale, float b, float r) const {
+    if (scaled_last()) value = __fmul_rn(value, scale);
+    if (bias != nullptr) value = __fadd_rn(value, b);
+    return residual != nullptr ? __fadd_rn(value, r) : value;
+  }
+  /// Element (i, j) of y from its dot product, in the general kernel.
+  SSMLIB_DEVICE void finish(int i, int j, real value) const {
+    if (bias != nullptr) value += bias[j];
+    if (residual != nullptr) value += widen(residual[i * residual_step + j]);
+    y[i * y_step + j] = narrow<Y>(value);
+  }
+};
+
+inline constexpr int skinny_threads = 256;
+
+// Units of 64 columns of k go to eight chains of sums in turn, u to chain u % 8. A chain adds in
+// order of k; the chains are added in order. This is all that decides the bits of a product.
+inline constexpr int skinny_unit = 64, skinny_chains = 8;
+
+[[nodiscard]] __host__ __device__ constexpr int skinny_units(int k) {
+  return (k + skinny_unit - 1) / skinny_unit;
+}
+[[nodiscard]] SSMLIB_DEVICE int units_of_chain(int k, int chain) {
+  return (skinny_units(k) - chain + skinny_chains - 1) / skinny_chains;
+}
+
+SSMLIB_DEVICE void load_8(const bf16* p, float (&v)[8]) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(p);
+  const std::uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = __uint_as_float(words[i] << 16);
+    v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+SSMLIB_DEVICE void load_8(const float* p, float (&v)[8]) {
+  const float4 a = reinterpret_cast<const float4*>(p)[0];
+  const float4 b = reinterpret_cast<const float4*>(p)[1];
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+  v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
+/// Eight columns of x * silu(gate).
+template <class A>
+SSMLIB_DEVICE void gated_8(const A& a, int row, int column, float (&v)[8]) {
+  load_8(a.x + row * a.x_step + column, v);
+  if (a.gate == nullptr) return;
+  float z[8];
+  load_8(a.gate + row * a.gate_step + column, z);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    v[i] *= z[i] / (1.0f + expf(-z[i]));
+}
+
+[[nodiscard]] SSMLIB_DEVICE uint4 shared_16(const unsigned char* p) {
+  return *reinterpret_cast<const uint4*>(p);
+}
+SSMLIB_DEVICE void add_squares(const float (&v)[8], float& sum) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    sum = fmaf(v[i], v[i], sum);
+}
+
+/// The factor of a normalised row from the sums of squares of eight warps.
+[[nodiscard]] SSMLIB_DEVICE float row_scale(const float* sums, int count, float epsilon) {
+  float sum = sums[0];
+#pragma unroll
+  for (int i = 1; i < 8; ++i)
+    sum += sums[i];
+  return 1.0f / sqrtf(sum / static_cast<float>(count) + epsilon);
+}
+
+/// f(x) of rows [first, first + rows) in bf16, eight columns at a time, by a block of
+/// skinny_threads: store(row - first, column, bits). Where scaled_last(), without the factors:
+/// their sums of squares are left in `sums`, eight a row, behind a barrier that the caller must
+/// add. Statistics are taken once a row, in an order that does not depend on the other rows.
+/// @param sums  shared memory for MaxRows * 8 floats
+template <int MaxRows, class A, class Store>
+SSMLIB_DEVICE void make_rows(const A& a, int first, int rows, float* sums, Store store) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool last = a.scaled_last();
+  for (int begin = 0; begin < a.k; begin += a.group) {
+    float scale[MaxRows], squares[MaxRows] = {};
+#pragma unroll
+    for (int r = 0; r < MaxRows; ++r)
+      scale[r] = 1.0f;
+    const auto sum_squares = [&]() {
+#pragma unroll
+      for (int r = 0; r < MaxRows; ++r) {
+        if (r < rows) {
+          const float sum = warp_sum(squares[r]);
+          if (lane == 0) sums[r * 8 + warp] = sum;
+        }
+      }
+    };
+    if (a.normalise && !last) {
+      for (int c = 8 * threadIdx.x; c < a.group; c += 8 * skinny_threads) {
+#pragma unroll
+        for (int r = 0; r < MaxRows; ++r) {
+          if (r < rows) {
+            float v[8];
+            gated_8(a, first + r, begin + c, v);
+            add_squares(v, squares[r]);
+          }
+        }
+      }
+      sum_squares();
+      __syncthreads();
+#pragma unroll
+      for (int r = 0; r < MaxRows; ++r) {
+        if (r < rows) scale[r] = row_scale(sums + r * 8, a.group, a.epsilon);
+      }
+    }
+    for (int c = 8 * threadIdx.x; c < a.group; c += 8 * skinny_threads) {
+      float weight[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+      if (a.norm_weight != nullptr) load_8(a.norm_weight + begin + c, weight);
+#pragma unroll
+      for (int r = 0; r < MaxRows; ++r) {
+        if (r < rows) {
+          float v[8];
+          gated_8(a, first + r, begin + c, v);
+          if (last) add_squares(v, squares[r]);
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            v[i] = v[i] * scale[r] * weight[i];
+          store(r, begin + c,
+                make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
+                           pack_bf16(v[6], v[7])));
+        }
+      }
+    }
+    if (last) {
+      sum_squares();
+    } else if (a.normalise) {
+      __syncthreads();
+    }
+  }
+}
+
+// Sixteen rows of w by eight rows of x over 32 columns: a lane's 16 bytes of a row are the operands
+// of two instructions, the same columns of w and x in each.
+SSMLIB_DEVICE void multiply_first_half(float (&sums)[4], uint4 low, uint4 high, uint4 x) {
+  multiply_add_16x8x16(sums, {low.x, high.x, low.y, high.y}, x.x, x.y);
+}
+SSMLIB_DEVICE void multiply_second_half(float (&sums)[4], uint4 low, uint4 high, uint4 x) {
+  multiply_add_16x8x16(sums, {low.z, high.z, low.w, high.w}, x.z, x.w);
+}
+
+/// Element of f(x) in the workspace of the cluster kernel: 32 columns of all rows lie together.
+[[nodiscard]] SSMLIB_DEVICE index_t packed_offset(int padded_rows, int row, int column) {
+  return (index_t{column / 32} * padded_rows + row) * 32 + column % 32;
+}
+
+/// f(x) in bf16, zeros in padding rows and columns; a block a row.
+template <class A>
+struct pack_rows_arguments {
+  A a;
+  int padded_rows;
+};
+template <class A>
+__global__ void __launch_bounds__(skinny_threads) pack_rows_kernel(const pack_rows_arguments<A> p) {
+  __shared__ float sums[8];
+  // The product that follows may read its weights from now on: it reads nothing else early.
+  let_next_kernel_start();
+  wait_for_kernel_ahead();
+  const int row = blockIdx.x, padded_k = 2 * 32 * skinny_units(p.a.k);
+  auto* const packed = static_cast<bf16*>(p.a.packed);
+  const auto store = [&](int column, uint4 bits) {
+    *reinterpret_cast<uint4*>(packed + packed_offset(p.padded_rows, row, column)) = bits;
+  };
+  const bool real_row = row < p.a.m;
+  if (real_row) {
+    make_rows<1>(p.a, row, 1, sums, [&](int, int column, uint4 bits) { store(column, bits); });
+    if (p.a.scaled_last()) {
+      __syncthreads();
+      if (threadIdx.x == 0) p.a.scales[row] = row_scale(sums, p.a.k, p.a.epsilon);
+    }
+  }
+  for (int c = (real_row ? p.a.k : 0) + 8 * static_cast<int>(threadIdx.x); c < padded_k;
+       c += 8 * skinny_threads) {
+    store(c, make_uint4(0, 0, 0, 0));
+  }
+}
+
+// ------------------------------------------------------------------------------------- any type
+
+/// f(x) in the accumulator's type, (m, k) dense; a block a row.
+template <class X, class W, class Y>
+__global__ void __launch_bounds__(skinny_threads)
+    general_rows_kernel(const skinny_arguments<X, W, Y> a) {
+  using real = typename skinny_arguments<X, W, Y>::real;
+  __shared__ real sums[8];
+  wait_for_kernel_ahead();
+  let_next_kernel_start();
+  const int row = blockIdx.x;
+  real* const out = static_cast<real*>(a.packed) + index_t{row} * a.k;
+  const auto value = [&](int c) {
+    real v = widen(a.x[row * a.x_step + c]);
+    if (a.gate != nullptr) {
+      const real z = widen(a.gate[row * a.gate_step + c]);
+      v *= z / (real(1) + exp(-z));
+    }
+    return v;
+  };
+  for (int begin = 0; begin < a.k; begin += a.group) {
+    real scale(1);
+    if (a.normalise) {
+      real squares(0);
+      for (int c = threadIdx.x; c < a.group; c += skinny_threads) {
+        const real v = value(begin + c);
+        squares += v * v;
+      }
+      squares = warp_sum(squares);
+      __syncthreads();
+      if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
+      __syncthreads();
+      real sum = sums[0];
+      for (int i = 1; i < 8; ++i)
+        sum += sums[i];
+      scale = real(1) / sqrt(sum / static_cast<real>(a.group) + a.epsilon);
+    }
+    for (int c = threadIdx.x; c < a.group; c += skinny_threads) {
+      const real weight = a.norm_weight != nullptr ? a.norm_weight[begin + c] : real(1);
+      out[begin + c] = value(begin + c) * scale * weight;
+    }
+  }
+}
+
+/// A warp a row of w, lanes along k, up to eight rows of x at a time.
+template <class F, class W, class Y, class X>
+struct general_product_arguments {
+  skinny_arguments<X, W, Y> a;
+  const F* x;
+  index_t x_step;
+};
+template <class F, class W, class Y, class X>
+__global__ void __launch_bounds__(skinny_threads)
+    general_product_kernel(const general_product_arguments<F, W, Y, X> p) {
+  using real = typename skinny_arguments<X, W, Y>::real;
+  const auto& a = p.a;
+  wait_for_kernel_ahead();
+  let_next_kernel_start();
+  const int lane = threadIdx.x % 32, warps = gridDim.x * (skinny_threads / 32);
+  for (int j = blockIdx.x * (skinny_threads / 32) + threadIdx.x / 32; j < a.n; j += warps) {
+    const W* const w = a.w + j * a.w_step;
+    for (int first = 0; first < a.m; first += 8) {
+      const int rows = min(8, a.m - first);
+      real sums[8] = {};
+#pragma unroll 4
+      for (int c = lane; c < a.k; c += 32) {
+        const real weight = widen(w[c]);
+#pragma unroll
+        for (int r = 0; r < 8; ++r) {
+          if (r < rows)
+            sums[r] =
+                fma(weight, static_cast<real>(widen(p.x[(first + r) * p.x_step + c])), sums[r]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 8; ++r) {
+        if (r < rows) {
+          const real sum = warp_sum(sums[r]);
+          if (lane == 0) a.finish(first + r, j, sum);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace ssm::kernels::cuda::detail
