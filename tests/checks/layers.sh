@@ -56,7 +56,7 @@ while IFS= read -r header; do
 done < <(find . -name '*.hpp' | sort)
 
 # What the umbrellas do not include, nobody finds.
-reached=$(printf '%s\n' ssmlib.hpp io.hpp | sort)
+reached=$(printf '%s\n' cuda.hpp io.hpp ssmlib.hpp)
 while :; do
   next=$({
     echo "$reached"
@@ -66,7 +66,7 @@ while :; do
   reached=$next
 done
 while IFS= read -r header; do
-  fail "$header: neither ssmlib.hpp nor io.hpp includes it, directly or not"
+  fail "$header: neither ssmlib.hpp nor io.hpp nor cuda.hpp includes it, directly or not"
 done < <(comm -13 <(echo "$reached") <(find . -name '*.hpp' | cut -c3- | sort))
 
 echo "$count headers, $failures failures"

@@ -1,0 +1,17 @@
+#pragma once
+
+/// @file
+/// The CUDA backend, apart from ssmlib.hpp because it needs the CUDA Toolkit's headers: contexts,
+/// tensors on the device, and the kernels, called by their own names. Evaluating expressions over
+/// tensors of this backend is not part of this version.
+
+#include <ssmlib/kernels/cuda/attention.hpp>
+#include <ssmlib/kernels/cuda/conv1d.hpp>
+#include <ssmlib/kernels/cuda/norm.hpp>
+#include <ssmlib/kernels/cuda/rope.hpp>
+#include <ssmlib/kernels/cuda/sample.hpp>
+#include <ssmlib/kernels/cuda/selective.hpp>
+#include <ssmlib/kernels/cuda/skinny.hpp>
+#include <ssmlib/kernels/cuda/ssd.hpp>
+#include <ssmlib/kernels/cuda/ssd_step.hpp>
+#include <ssmlib/tensor/transfer.hpp>
