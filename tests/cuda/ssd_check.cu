@@ -1,5 +1,6 @@
 // Checks the scalar-gated recurrence on the device against a float64 recurrence on the host, then
 // times the shapes of the published kernels. Exits with 1 on a failure, 2 without a device.
+#include <ssmlib/kernels/cuda/ssd_backward.cuh>
 #include <ssmlib/kernels/cuda/ssd_forward.cuh>
 
 #include <algorithm>
@@ -287,6 +288,163 @@ void check_forward(const shape& c, unsigned seed) {
   }
 }
 
+/// Gradients of everything, in double.
+struct gradient_reference {
+  std::vector<double> q, k, x, log_a, weight, dt, gamma, a, bias, d, initial;
+};
+
+template <class T>
+gradient_reference reference_gradients(const example<T>& e, const std::vector<T>& dy,
+                                       const std::vector<ssm::accum_t<T>>& d_final) {
+  const shape& c = e.c;
+  gradient_reference r;
+  r.q.resize(e.tokens * c.gq * c.N), r.k.resize(e.tokens * c.gk * c.N);
+  r.x.resize(e.tokens * c.gx * c.P);
+  for (auto* v : {&r.log_a, &r.weight, &r.dt})
+    v->resize(e.tokens * c.heads);
+  for (auto* v : {&r.gamma, &r.a, &r.bias, &r.d})
+    v->resize(c.heads);
+  const index_t size = c.N * c.P;
+  r.initial.resize(c.lengths.size() * c.heads * size);
+  for (index_t s = 0; s < static_cast<index_t>(c.lengths.size()); ++s) {
+    for (index_t h = 0; h < c.heads; ++h) {
+      const index_t begin = e.offsets[s], n = e.offsets[s + 1] - begin;
+      const index_t at = (s * c.heads + h) * size;
+      std::vector<double> states((n + 1) * size), E(size);
+      for (index_t i = 0; i < size; ++i) {
+        states[i] = e.initial.empty() ? 0.0 : wide(e.initial[at + i]);
+        E[i] = d_final.empty() ? 0.0 : wide(d_final[at + i]);
+      }
+      for (index_t i = 0; i < n; ++i) {
+        double w;
+        const double decay = e.decay_of(begin + i, h, w);
+        for (index_t m = 0; m < c.N; ++m) {
+          for (index_t p = 0; p < c.P; ++p) {
+            states[(i + 1) * size + m * c.P + p] =
+                decay * states[i * size + m * c.P + p] +
+                w * wide(e.k(begin + i, h)[m]) * e.x(begin + i, h, p);
+          }
+        }
+      }
+      for (index_t i = n - 1; i >= 0; --i) {
+        const index_t t = begin + i;
+        double w, dw = 0.0, dl = 0.0;
+        const double decay = e.decay_of(t, h, w), skip = c.d ? wide(e.d[h]) : 0.0;
+        const double *before = &states[i * size], *after = &states[(i + 1) * size];
+        const T *gy = &dy[(t * c.heads + h) * c.P], *key = e.k(t, h), *query = e.q(t, h);
+        double* dx = &r.x[(t * c.gx + ssm::group_of(h, c.heads, c.gx)) * c.P];
+        double* dq = &r.q[(t * c.gq + ssm::group_of(h, c.heads, c.gq)) * c.N];
+        double* dk = &r.k[(t * c.gk + ssm::group_of(h, c.heads, c.gk)) * c.N];
+        for (index_t p = 0; p < c.P; ++p) {
+          dx[p] += skip * wide(gy[p]);
+          r.d[h] += e.x(t, h, p) * wide(gy[p]);
+        }
+        for (index_t m = 0; m < c.N; ++m) {
+          for (index_t p = 0; p < c.P; ++p) {
+            double& gradient = E[m * c.P + p];
+            const double g = wide(gy[p]), x = e.x(t, h, p);
+            gradient += c.alpha * wide(query[m]) * g;
+            dq[m] += c.alpha * after[m * c.P + p] * g;
+            dk[m] += w * gradient * x;
+            dx[p] += w * gradient * wide(key[m]);
+            dw += gradient * wide(key[m]) * x;
+            dl += decay * gradient * before[m * c.P + p];
+            gradient *= decay;
+          }
+        }
+        r.log_a[t * c.heads + h] = dl;
+        r.weight[t * c.heads + h] = dw;
+        if (c.kind == decay::gamma) r.gamma[h] += dl / wide(e.gamma[h]);
+        if (c.kind != decay::dt) continue;
+        const double raw = wide(e.dt[t * c.heads + h]) + wide(e.bias[h]);
+        const double ddt = (dw + wide(e.a[h]) * dl) / (1.0 + std::exp(-raw));
+        r.dt[t * c.heads + h] = ddt;
+        r.a[h] += w * dl;
+        r.bias[h] += ddt;
+      }
+      for (index_t i = 0; i < size; ++i)
+        r.initial[at + i] = E[i];
+    }
+  }
+  return r;
+}
+
+template <class T>
+void check_backward(const shape& c, unsigned seed) {
+  using real = ssm::accum_t<T>;
+  const example<T> e(c, seed);
+  const on_device<T> device(e);
+  std::mt19937 random(seed + 1000);
+  std::normal_distribution<double> normal;
+  std::vector<T> dy(e.tokens * c.heads * c.P);
+  for (index_t i = 0; i < static_cast<index_t>(dy.size()); ++i) {
+    const index_t t = i / c.P / c.heads;
+    dy[i] = rounded<T>(t < e.offsets.front() || t >= e.offsets.back() ? NAN : normal(random));
+  }
+  std::vector<real> d_final(e.initial.size());
+  for (auto& v : d_final)
+    v = static_cast<real>(normal(random));
+  const auto sequences = static_cast<index_t>(c.lengths.size());
+  const buffer<T> gy(dy), q(e.tokens * c.gq * c.N), k(e.tokens * c.gk * c.N),
+      x(e.tokens * c.gx * c.P), dt(e.tokens * c.heads);
+  const buffer<real> log_a(e.tokens * c.heads), weight(e.tokens * c.heads), gamma(c.heads),
+      a(c.heads), bias(c.heads), d(c.heads), last(d_final), initial(e.initial.size());
+  cuda::ssd_gradients<T> g;
+  g.q = dense(q.data, std::array<index_t, 3>{e.tokens, c.gq, c.N});
+  g.k = dense(k.data, std::array<index_t, 3>{e.tokens, c.gk, c.N});
+  g.x = dense(x.data, std::array<index_t, 3>{e.tokens, c.gx, c.P});
+  const std::array<index_t, 2> steps{e.tokens, c.heads};
+  const std::array<index_t, 1> heads{c.heads};
+  if (device.p.log_a) g.log_a = dense(log_a.data, steps);
+  if (device.p.weight) g.weight = dense(weight.data, steps);
+  if (device.p.dt) g.dt = dense(dt.data, steps);
+  if (device.p.gamma) g.gamma = dense(gamma.data, heads);
+  if (device.p.a) g.a = dense(a.data, heads);
+  if (device.p.dt_bias) g.dt_bias = dense(bias.data, heads);
+  if (device.p.d) g.d = dense(d.data, heads);
+  const std::array<index_t, 4> state{sequences, c.heads, c.N, c.P};
+  if (c.states) {
+    g.d_final = dense<const real>(last.data, state);
+    g.d_initial = dense(initial.data, state);
+  }
+  const buffer<char> work(cuda::ssd_backward_workspace_bytes(device.p));
+  cuda::ssd_backward(nullptr, device.p,
+                     dense<const T>(gy.data, std::array<index_t, 3>{e.tokens, c.heads, c.P}),
+                     device.io, g, work.data);
+  SSMLIB_CHECK_CUDA(cudaDeviceSynchronize());
+  const gradient_reference r = reference_gradients(e, dy, d_final);
+  double worst = 0.0;
+  std::string line;
+  const auto compare = [&](const char* name, const auto& wanted, const auto& out, index_t columns,
+                           const auto& view) {
+    if (!view) return;
+    const auto values = out.host();
+    error_sum error;
+    const index_t rows = static_cast<index_t>(wanted.size()) / columns;
+    for (index_t i = 0; i < static_cast<index_t>(wanted.size()); ++i) {
+      if (rows == e.tokens && (i / columns < e.offsets.front() || i / columns >= e.offsets.back()))
+        continue;
+      error.add(wide(values[i]), wanted[i]);
+    }
+    const double relative = error.relative();
+    worst = relative > worst || std::isnan(relative) ? relative : worst;
+    char text[40];
+    std::snprintf(text, sizeof text, " %s %.1e", name, relative);
+    line += text;
+  };
+  compare("q", r.q, q, c.gq * c.N, g.q), compare("k", r.k, k, c.gk * c.N, g.k);
+  compare("x", r.x, x, c.gx * c.P, g.x);
+  compare("log_a", r.log_a, log_a, c.heads, g.log_a);
+  compare("weight", r.weight, weight, c.heads, g.weight), compare("dt", r.dt, dt, c.heads, g.dt);
+  compare("gamma", r.gamma, gamma, 1, g.gamma), compare("a", r.a, a, 1, g.a);
+  compare("bias", r.bias, bias, 1, g.dt_bias), compare("d", r.d, d, 1, g.d);
+  compare("initial", r.initial, initial, 1, g.d_initial);
+  // Gradients pass through two roundings more than y in bf16.
+  const double limit = std::is_same_v<T, bf16> ? 8e-3 : std::is_same_v<T, float> ? 5e-6 : 1e-12;
+  verdict(c.name, type_name<T>, "backward", worst, limit);
+  std::printf("   %s\n", line.c_str());
+}
+
 // -------------------------------------------------------------------------------------- timing
 
 __global__ void fill_random(bf16* data, std::size_t n, unsigned seed, float scale) {
@@ -336,6 +494,7 @@ double median_ms(cudaStream_t stream, int sets, const std::function<void(int)>& 
 struct timed_shape {
   index_t batch, T, H, G;
   double peer, goal;
+  double both_peer = 0.0, both_goal = 0.0;  // forward and backward
 };
 
 void time_forward(cudaStream_t stream, const timed_shape& c, double copy_tb) {
@@ -388,6 +547,31 @@ void time_forward(cudaStream_t stream, const timed_shape& c, double copy_tb) {
       static_cast<long long>(c.batch), static_cast<long long>(c.T), static_cast<long long>(c.H),
       static_cast<long long>(c.G), ms, c.peer, c.peer / ms, c.goal, c.goal / ms, floor_ms,
       100.0 * floor_ms / ms, static_cast<long long>(cuda::detail::ssd_plan::of(problem(0)).supers));
+  if (c.both_peer > 0.0) {
+    const buffer<bf16> dx(tokens * c.H * P), dbc(tokens * 2 * c.G * N), ddt(tokens * c.H);
+    const buffer<float> da_(c.H), dbias(c.H), dskip(c.H);
+    cuda::ssd_gradients<bf16> g;
+    g.x = dense(dx.data, std::array<index_t, 3>{tokens, c.H, P});
+    g.k = {dbc.data, {tokens, c.G, N}, {2 * c.G * N, N, 1}};
+    g.q = {dbc.data + c.G * N, {tokens, c.G, N}, {2 * c.G * N, N, 1}};
+    g.dt = dense(ddt.data, std::array<index_t, 2>{tokens, c.H});
+    g.a = dense(da_.data, std::array<index_t, 1>{c.H});
+    g.dt_bias = dense(dbias.data, std::array<index_t, 1>{c.H});
+    g.d = dense(dskip.data, std::array<index_t, 1>{c.H});
+    const buffer<char> back(cuda::ssd_backward_workspace_bytes(problem(0)));
+    const double both = median_ms(stream, sets, [&](int i) {
+      const std::array<index_t, 3> rows{tokens, c.H, P};
+      cuda::ssd_forward(stream, problem(i), dense(y[i]->data, rows), {}, work.data);
+      cuda::ssd_backward(stream, problem(i), dense<const bf16>(x[(i + 1) % sets]->data, rows), {},
+                         g, back.data);
+    });
+    const double both_floor = floor_ms * 2.5;  // x, dy, dx and y, and x once more
+    std::printf(
+        "  with backward           | %7.4f ms | peer %6.3f x%.2f | goal %5.3f x%.2f | "
+        "floor %6.4f, share %2.0f %%\n",
+        both, c.both_peer, c.both_peer / both, c.both_goal, c.both_goal / both, both_floor,
+        100.0 * both_floor / both);
+  }
   for (auto* list : {&x, &bc, &dt, &y}) {
     for (auto* b : *list)
       delete b;
@@ -426,6 +610,10 @@ void check_all() {
     if (c.lengths[0] > 1000) continue;
     check_forward<float>(c, seed++);
     check_forward<double>(c, seed++);
+    if (c.lengths[0] > 600) continue;
+    check_backward<bf16>(c, seed++);
+    check_backward<float>(c, seed++);
+    check_backward<double>(c, seed++);
   }
 }
 
@@ -459,12 +647,12 @@ int run() {
   SSMLIB_CHECK_CUDA(cudaStreamCreate(&stream));
   const double rate = copy_rate(stream);
   std::printf("copy %.2f TB/s\n", rate);
-  for (const timed_shape& c : {timed_shape{8, 2048, 80, 1, 0.745, 0.25},
-                               {1, 2048, 80, 1, 0.111, 0.045},
+  for (const timed_shape& c : {timed_shape{8, 2048, 80, 1, 0.745, 0.25, 3.298, 1.3},
+                               {1, 2048, 80, 1, 0.111, 0.045, 0.580, 0.23},
                                {1, 16384, 80, 1, 0.751, 0.25},
-                               {1, 65536, 80, 1, 3.615, 1.0},
+                               {1, 65536, 80, 1, 3.615, 1.0, 14.11, 5.6},
                                {8, 2048, 24, 1, 0.245, 0.085},
-                               {8, 2048, 128, 8, 1.261, 0.42}}) {
+                               {8, 2048, 128, 8, 1.261, 0.42, 5.688, 2.3}}) {
     time_forward(stream, c, rate);
   }
   SSMLIB_CHECK_CUDA(cudaDeviceSynchronize());

@@ -89,4 +89,20 @@ template <class T>
 void ssd_forward(cudaStream_t stream, const ssd_problem<T>& p, view<T, 3> y,
                  const ssd_states<T>& states, void* workspace);
 
+/// Bytes of device memory that ssd_backward works in. Depends on sizes, strides and alignment.
+template <class T>
+[[nodiscard]] std::size_t ssd_backward_workspace_bytes(const ssd_problem<T>& p);
+
+/// The gradients of ssd_forward's operands from that of y, dy (tokens, heads, features), and of the
+/// final state. States are recomputed: nothing is kept of the forward pass.
+///
+/// The gradient of a log decay is a sum over the pairs of tokens on its two sides. The same inputs
+/// give the same bits; only rows of sequences are written.
+/// @param states     the forward pass's initial state; `final` is not read
+/// @param workspace  ssd_backward_workspace_bytes(p) bytes, aligned to 256
+/// @throws shape_error  sizes that do not fit together, or a key size beyond shared memory
+template <class T>
+void ssd_backward(cudaStream_t stream, const ssd_problem<T>& p, view<const T, 3> dy,
+                  const ssd_states<T>& states, const ssd_gradients<T>& g, void* workspace);
+
 }  // namespace ssm::kernels::cuda

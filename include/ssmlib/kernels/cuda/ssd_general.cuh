@@ -58,7 +58,7 @@ struct ssd_general_decays {
   }
   /// All threads of the block; tokens [t, t + n) of the head of `steps`. Ends with a barrier.
   template <class T>
-  SSMLIB_DEVICE void set(const ssd_steps<T>& steps, index_t t, int n) {
+  SSMLIB_DEVICE void set(const ssd_steps<T>& steps, index_t t, int n) const {
     constexpr double reset_below = sizeof(R) == 8 ? -746.0 : -104.0;
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
       const ssd_step<R> s = steps.compute(steps.load(t + i));

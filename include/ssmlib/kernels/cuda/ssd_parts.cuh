@@ -220,6 +220,25 @@ void ssd_check_state(const ssd_problem<T>& p, const char* name, const view<S, 4>
   }
 }
 
+template <class T>
+void ssd_check_gradients(const ssd_problem<T>& p, const view<const T, 3>& dy,
+                         const ssd_gradients<T>& g) {
+  if (dy.extents != shape<3>{p.q.extent(0), p.heads, p.features()}) {
+    ssd_fail("dy is " + to_string(dy.extents) + ", wanted (tokens x heads x features)");
+  }
+  const auto same = [](const char* name, const auto& gradient, const auto& operand) {
+    if (!gradient || gradient.extents == operand.extents) return;
+    ssd_fail("the gradient of " + std::string(name) + " is " + to_string(gradient.extents) +
+             ", the operand is " + to_string(operand.extents));
+  };
+  same("q", g.q, p.q), same("k", g.k, p.k), same("x", g.x, p.x), same("dt", g.dt, p.dt);
+  same("log_a", g.log_a, p.log_a), same("weight", g.weight, p.weight);
+  same("gamma", g.gamma, p.gamma), same("d", g.d, p.d), same("a", g.a, p.a);
+  same("dt_bias", g.dt_bias, p.dt_bias);
+  ssd_check_state(p, "the gradient of the final state", g.d_final);
+  ssd_check_state(p, "the gradient of the initial state", g.d_initial);
+}
+
 /// Blocks of a launch, which lie along the first dimension of the grid.
 inline unsigned ssd_blocks(index_t n) {
   if (n > std::numeric_limits<int>::max()) {

@@ -16,6 +16,12 @@ SSMLIB_DEVICE int swizzled(int row, int column) {
   return row * 128 + ((column ^ (row & 7)) << 4);
 }
 
+SSMLIB_DEVICE void store_matrix_x4(std::uint32_t row_address, std::uint32_t r0, std::uint32_t r1,
+                                   std::uint32_t r2, std::uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row_address),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
 SSMLIB_DEVICE void store_matrix_x2(std::uint32_t row_address, std::uint32_t r0, std::uint32_t r1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(row_address),
                "r"(r0), "r"(r1)
@@ -129,23 +135,24 @@ struct ssd_plan {
   }
 
  private:
-  // Time is counted in chunks of a block's main pass: waves of blocks, each with about 1.5 chunks
-  // to start, the pass for the states at two fifths, three chunks for two more launches.
+  // Time is counted in chunks of a block's main pass (about 2.2 us on an H100): waves of blocks,
+  // each with 1.5 chunks to start; the pass for the states, which the memory bounds when it fills
+  // the card; two more launches; and from 7 parts on the scan over them.
   void cut_sequences(const ssd_problem<bf16>& p, int processors) {
     const index_t chunks = std::max<index_t>(1, (p.max_length + 63) / 64);
     const index_t blocks = p.sequences * lanes / groups;
     const index_t slots = groups == 2 ? processors : 2 * processors;
     double best = 0.0;
     for (index_t k = 1; k <= std::min<index_t>(chunks, 64); ++k) {
-      const index_t length = (chunks + k - 1) / k, pieces = (chunks + length - 1) / length;
-      if (pieces != k) continue;
-      const auto waves = [&](index_t n, index_t at_once) {
-        return static_cast<double>((n + at_once - 1) / at_once);
-      };
-      double time = waves(blocks * k, slots) * (static_cast<double>(length) + 1.5);
+      const index_t length = (chunks + k - 1) / k;
+      if ((chunks + length - 1) / length != k) continue;
+      const auto waves = [&](index_t n) { return static_cast<double>((n + slots - 1) / slots); };
+      const auto span = static_cast<double>(length);
+      double time = waves(blocks * k) * (span + 1.5);
       if (k > 1) {
-        time += waves(blocks * (k - 1), 2 * processors) * (static_cast<double>(length) + 1.5) * 0.6;
-        time += 3.0;
+        const double bytes = static_cast<double>(blocks * (k - 1)) * span / processors * 0.45;
+        time += std::max(waves(blocks * (k - 1)) * (span + 3.5) * 0.35, bytes) + 2.0;
+        if (k > 6) time += static_cast<double>(p.sequences * lanes * k) * 0.01;
       }
       if (k == 1 || time < best) {
         best = time;
@@ -232,7 +239,7 @@ struct ssd_maps {
   explicit ssd_maps(const ssd_problem<bf16>& p)
       : k(map(p.k, 64)), q(map(p.q, 8)), x(map(p.x, 64)) {}
 
- private:
+  /// In boxes of `rows` tokens.
   static CUtensorMap map(const view<const bf16, 3>& v, int rows) {
     const index_t whole = v.extent(0) * v.stride(0);
     return box_map(v.data, {v.extent(2), v.extent(1), v.extent(0), 1},
