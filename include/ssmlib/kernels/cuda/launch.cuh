@@ -14,8 +14,7 @@
 /// touch only memory at rest (weights, states of an earlier step) until `wait_for_kernel_ahead`
 /// returns; then everything that was launched ahead of it is done and visible. It lets the next one
 /// start with `let_next_kernel_start`: after its own wait, what was written two launches before is
-/// at rest for the next; products do so when they have asked for their last weights, so that the
-/// next one's weights keep the memory busy while they finish.
+/// at rest for the next.
 
 namespace ssm::kernels::cuda {
 

@@ -95,7 +95,7 @@ template <class X, class W, class Y>
 [[nodiscard]] inline index_t packed_rows(index_t m, index_t k) {
   // Beyond this f(x) and a ring worth having do not fit a block.
   if (m <= skinny_stream_rows &&
-      stream_shared_bytes(3, static_cast<int>(m), static_cast<int>(k)) <= 200 * 1024) {
+      stream_shared_bytes(6, static_cast<int>(m), static_cast<int>(k)) <= 200 * 1024) {
     return 0;
   }
   return m <= 16 ? 16 : m <= 32 ? 32 : 64;
@@ -104,19 +104,21 @@ template <class X, class W, class Y>
 template <class X, class Y>
 void launch_stream(cudaStream_t stream, const skinny_arguments<X, bf16, Y>& a) {
   const int tiles = (a.n + 15) / 16, blocks = std::min(multiprocessors(), tiles);
-  const auto launch = [&](auto depth) {
-    constexpr int Depth = decltype(depth)::value;
-    launch_overlapped(stream, skinny_stream_kernel<Depth, X, Y>, blocks, skinny_threads,
+  const auto launch = [&](auto rows, auto depth) {
+    constexpr int Rows = decltype(rows)::value, Depth = decltype(depth)::value;
+    launch_overlapped(stream, skinny_stream_kernel<Rows, Depth, X, Y>, blocks, skinny_threads,
                       stream_shared_bytes(Depth, a.m, a.k), 1, a);
   };
-  // Half of a multiprocessor's memory each for this product and the one that starts behind it.
-  constexpr std::size_t half = 115'712;
-  if (stream_shared_bytes(6, a.m, a.k) <= half) {
-    launch(std::integral_constant<int, 6>{});
-  } else if (a.m <= 4 && stream_shared_bytes(4, a.m, a.k) <= half) {
-    launch(std::integral_constant<int, 4>{});
+  // As deep as leaves half of a multiprocessor's memory to the product behind, at usual sizes.
+  using std::integral_constant;
+  if (a.m == 1) {
+    launch(integral_constant<int, 1>{}, integral_constant<int, 6>{});
+  } else if (a.m == 2) {
+    launch(integral_constant<int, 2>{}, integral_constant<int, 4>{});
+  } else if (a.m <= 4) {
+    launch(integral_constant<int, 4>{}, integral_constant<int, 4>{});
   } else {
-    launch(std::integral_constant<int, 3>{});
+    launch(integral_constant<int, 8>{}, integral_constant<int, 3>{});
   }
 }
 

@@ -10,8 +10,8 @@
 
 namespace ssm::kernels::cuda::detail {
 
-/// Tiles (16 rows of w) that a cluster works on at once: three in each of four pairs of warps.
-inline constexpr int cluster_tiles = 12;
+/// Tiles (16 rows of w) that a cluster works on at once.
+inline constexpr int cluster_tiles = 12, cluster_threads = 512;
 
 /// skinny_arguments with `tiles` tiles of shared memory.
 template <class Y>
@@ -60,6 +60,12 @@ template <int RowTiles>
 template <int RowTiles, int Depth, class Y>
 class cluster_product {
  public:
+  // Warps share the row tiles of x among them, and the tiles of w.
+  static constexpr int row_parts = RowTiles < 4 ? RowTiles : 4;
+  static constexpr int tile_parts = cluster_threads / 32 / row_parts;
+  static constexpr int my_rows = RowTiles / row_parts;
+  static constexpr int my_tiles = cluster_tiles / tile_parts + (cluster_tiles % tile_parts != 0);
+
   SSMLIB_DEVICE cluster_product(const cluster_arguments<Y>& p, unsigned char* shared)
       : a_(p.a),
         ring_(shared),
@@ -84,6 +90,7 @@ class cluster_product {
       next_stage();
     }
     wait_for_kernel_ahead();
+    let_next_kernel_start();
     copy_tile_ = begin_, copy_unit_ = 0, copy_slot_ = 0;
     for (int s = 0; s < Depth - 1; ++s) {
       copy_rows();
@@ -93,7 +100,7 @@ class cluster_product {
     const int passes = passes_of_all();
     for (int pass = 0, tile = begin_; pass < passes; ++pass, tile += pass_) {
       const int count = max(0, min(pass_, end_ - tile));
-      float dot[3][RowTiles / 2][4] = {};
+      float dot[my_tiles][my_rows][4] = {};
       for (int u = 0; u < (count > 0 ? units_ : 0); ++u) {
         wait_copies<Depth - 2>();
         __syncthreads();
@@ -101,7 +108,6 @@ class cluster_product {
         copy_rows();
         next_stage();
         commit_copies();
-        if (copy_tile_ >= end_) let_next_kernel_start();
         multiply(count, dot);
         if (++slot_ == Depth) slot_ = 0;
       }
@@ -131,8 +137,8 @@ class cluster_product {
         ring_ + copy_slot_ * stage_bytes_ + half * (x_place_ / 2) + chunk % 4 * 16;
     const bf16* const from = a_.w + index_t{copy_tile_} * 16 * a_.w_step + column;
 #pragma unroll
-    for (int i = 0; i < cluster_tiles / 2; ++i) {
-      const int row = static_cast<int>(threadIdx.x) / 8 + i * (skinny_threads / 8);
+    for (int i = 0; i < cluster_tiles * 16 / (cluster_threads / 8); ++i) {
+      const int row = static_cast<int>(threadIdx.x) / 8 + i * (cluster_threads / 8);
       if (row < rows) {
         const bool valid = copy_tile_ * 16 + row < a_.n && column < a_.k;
         copy_async_16_line(to + (row ^ half) * 64, valid ? from + row * a_.w_step : a_.w, valid);
@@ -144,7 +150,7 @@ class cluster_product {
     const auto* const from =
         static_cast<const unsigned char*>(a_.packed) + index_t{unit_of_copy()} * (RowTiles * 1024);
     unsigned char* const to = ring_ + copy_slot_ * stage_bytes_ + x_place_;
-    for (int i = threadIdx.x * 16; i < RowTiles * 1024; i += skinny_threads * 16)
+    for (int i = threadIdx.x * 16; i < RowTiles * 1024; i += cluster_threads * 16)
       copy_async_16(to + i, from + i);
   }
   SSMLIB_DEVICE void next_stage() {
@@ -153,43 +159,43 @@ class cluster_product {
     if (++copy_slot_ == Depth) copy_slot_ = 0;
   }
 
-  SSMLIB_DEVICE void multiply(int count, float (&dot)[3][RowTiles / 2][4]) {
+  SSMLIB_DEVICE void multiply(int count, float (&dot)[my_tiles][my_rows][4]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const unsigned char* const stage = ring_ + slot_ * stage_bytes_ + lane % 4 * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const unsigned char* const weights = stage + half * (x_place_ / 2) + (g ^ half) * 64;
-      uint4 x[RowTiles / 2];
+      uint4 x[my_rows];
 #pragma unroll
-      for (int r = 0; r < RowTiles / 2; ++r) {
-        const int row = (warp % 2 * (RowTiles / 2) + r) * 8 + g;
+      for (int r = 0; r < my_rows; ++r) {
+        const int row = (warp % row_parts * my_rows + r) * 8 + g;
         x[r] = shared_16(stage + x_place_ + (half * RowTiles * 8 + row) * 64);
       }
 #pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        const int tile = warp / 2 + 4 * i;
+      for (int i = 0; i < my_tiles; ++i) {
+        const int tile = warp / row_parts + tile_parts * i;
         if (tile < count) {
           const uint4 low = shared_16(weights + tile * 1024);
           const uint4 high = shared_16(weights + tile * 1024 + 512);
 #pragma unroll
-          for (int r = 0; r < RowTiles / 2; ++r)
+          for (int r = 0; r < my_rows; ++r)
             multiply_first_half(dot[i][r], low, high, x[r]);
 #pragma unroll
-          for (int r = 0; r < RowTiles / 2; ++r)
+          for (int r = 0; r < my_rows; ++r)
             multiply_second_half(dot[i][r], low, high, x[r]);
         }
       }
     }
   }
-  SSMLIB_DEVICE void keep(int count, const float (&dot)[3][RowTiles / 2][4]) {
+  SSMLIB_DEVICE void keep(int count, const float (&dot)[my_tiles][my_rows][4]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const int tile = warp / 2 + 4 * i;
+    for (int i = 0; i < my_tiles; ++i) {
+      const int tile = warp / row_parts + tile_parts * i;
       if (tile < count) {
 #pragma unroll
-        for (int r = 0; r < RowTiles / 2; ++r) {
-          const int row = tile * 16 + lane / 4, group = warp % 2 * (RowTiles / 2) + r;
+        for (int r = 0; r < my_rows; ++r) {
+          const int row = tile * 16 + lane / 4, group = warp % row_parts * my_rows + r;
           float* const to = sums_ + lane % 4 * 2;
           *reinterpret_cast<float2*>(to + sums_place<RowTiles>(row, group)) =
               make_float2(dot[i][r][0], dot[i][r][1]);
@@ -202,8 +208,8 @@ class cluster_product {
   /// Every block adds the chains of an eighth of the elements, four rows of y at a time.
   SSMLIB_DEVICE void add_chains(int first_tile, int count) {
     const std::uint32_t base = shared_address(sums_);
-    for (int i = chain_ * skinny_threads + threadIdx.x; i < count * 16 * RowTiles * 2;
-         i += skinny_chains * skinny_threads) {
+    for (int i = chain_ * cluster_threads + threadIdx.x; i < count * 16 * RowTiles * 2;
+         i += skinny_chains * cluster_threads) {
       const int row = i / (16 * RowTiles * 2) * 16 + i % 16, four = i / 16 % (RowTiles * 2);
       const std::uint32_t place = base + 4 * (sums_place<RowTiles>(row, four / 2) + four % 2 * 4);
       float4 sum = load_cluster_16(place, 0);
@@ -239,7 +245,7 @@ class cluster_product {
 };
 
 template <int RowTiles, int Depth, class Y>
-__global__ void __launch_bounds__(skinny_threads)
+__global__ void __launch_bounds__(cluster_threads)
     skinny_cluster_kernel(const cluster_arguments<Y> p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared[];
@@ -260,7 +266,7 @@ void launch_cluster(cudaStream_t stream, const skinny_arguments<bf16, bf16, Y>& 
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(multiprocessors() / skinny_chains * skinny_chains));
-  config.blockDim = dim3(skinny_threads);
+  config.blockDim = dim3(cluster_threads);
   config.dynamicSmemBytes = cluster_shared_bytes<RowTiles>(depth, cluster_tiles);
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -272,7 +278,7 @@ void launch_cluster(cudaStream_t stream, const skinny_arguments<bf16, bf16, Y>& 
   const int share = (all + clusters - 1) / clusters;
   const int passes = (share + cluster_tiles - 1) / cluster_tiles;
   const int tiles = (share + passes - 1) / passes;
-  launch_overlapped(stream, kernel, clusters * skinny_chains, skinny_threads,
+  launch_overlapped(stream, kernel, clusters * skinny_chains, cluster_threads,
                     cluster_shared_bytes<RowTiles>(depth, tiles), skinny_chains,
                     cluster_arguments<Y>{a, tiles});
 }

@@ -59,6 +59,13 @@ inline constexpr int skinny_unit = 64, skinny_chains = 8;
   return (skinny_units(k) - chain + skinny_chains - 1) / skinny_chains;
 }
 
+/// Asks for 16 to 2^20 bytes, a multiple of 16, to be brought to the second-level cache.
+SSMLIB_DEVICE void bring_to_cache(const void* p, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
+
 SSMLIB_DEVICE void load_8(const bf16* p, float (&v)[8]) {
   const uint4 raw = *reinterpret_cast<const uint4*>(p);
   const std::uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -105,65 +112,73 @@ SSMLIB_DEVICE void add_squares(const float (&v)[8], float& sum) {
   return 1.0f / sqrtf(sum / static_cast<float>(count) + epsilon);
 }
 
-/// f(x) of rows [first, first + rows) in bf16, eight columns at a time, by a block of
-/// skinny_threads: store(row - first, column, bits). Where scaled_last(), without the factors:
-/// their sums of squares are left in `sums`, eight a row, behind a barrier that the caller must
-/// add. Statistics are taken once a row, in an order that does not depend on the other rows.
-/// @param sums  shared memory for MaxRows * 8 floats
-template <int MaxRows, class A, class Store>
+/// f(x) of rows [first, first + rows), 1 <= rows <= Rows, in bf16, eight columns at a time, by a
+/// block of skinny_threads: store(row - first, column, bits). Where scaled_last(), without the
+/// factors: their sums of squares are left in `sums`, eight a row, behind a barrier that the caller
+/// must add. Statistics are taken once a row, in an order that does not depend on the other rows.
+/// @param sums  shared memory for Rows * 8 floats
+template <int Rows, class A, class Store>
 SSMLIB_DEVICE void make_rows(const A& a, int first, int rows, float* sums, Store store) {
+  constexpr int ahead = Rows == 1 ? 3 : Rows == 2 ? 2 : 1;  // pieces of a row that are on their way
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool last = a.scaled_last();
-  for (int begin = 0; begin < a.k; begin += a.group) {
-    float scale[MaxRows], squares[MaxRows] = {};
+  // f(piece, row, column, values, weights) for eight columns; all loads of a step before its work.
+  const auto for_pieces = [&](int begin, bool weigh, auto f) {
+    for (int c = 8 * static_cast<int>(threadIdx.x); c < a.group; c += ahead * 8 * skinny_threads) {
+      float v[ahead][Rows][8], weight[ahead][8];
 #pragma unroll
-    for (int r = 0; r < MaxRows; ++r)
+      for (int i = 0; i < ahead; ++i) {
+        const int column = begin + min(c + i * 8 * skinny_threads, a.group - 8);
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          weight[i][e] = 1.0f;
+        if (weigh && a.norm_weight != nullptr) load_8(a.norm_weight + column, weight[i]);
+#pragma unroll
+        for (int r = 0; r < Rows; ++r)
+          gated_8(a, first + min(r, rows - 1), column, v[i][r]);
+      }
+#pragma unroll
+      for (int i = 0; i < ahead; ++i) {
+        const int column = c + i * 8 * skinny_threads;
+#pragma unroll
+        for (int r = 0; r < Rows; ++r) {
+          if (column < a.group && r < rows) f(r, begin + column, v[i][r], weight[i]);
+        }
+      }
+    }
+  };
+  for (int begin = 0; begin < a.k; begin += a.group) {
+    float scale[Rows], squares[Rows] = {};
+#pragma unroll
+    for (int r = 0; r < Rows; ++r)
       scale[r] = 1.0f;
     const auto sum_squares = [&]() {
 #pragma unroll
-      for (int r = 0; r < MaxRows; ++r) {
-        if (r < rows) {
-          const float sum = warp_sum(squares[r]);
-          if (lane == 0) sums[r * 8 + warp] = sum;
-        }
+      for (int r = 0; r < Rows; ++r) {
+        const float sum = warp_sum(squares[r]);
+        if (lane == 0) sums[r * 8 + warp] = sum;
       }
     };
     if (a.normalise && !last) {
-      for (int c = 8 * threadIdx.x; c < a.group; c += 8 * skinny_threads) {
-#pragma unroll
-        for (int r = 0; r < MaxRows; ++r) {
-          if (r < rows) {
-            float v[8];
-            gated_8(a, first + r, begin + c, v);
-            add_squares(v, squares[r]);
-          }
-        }
-      }
+      for_pieces(begin, false, [&](int r, int, const float(&v)[8], const float(&)[8]) {
+        add_squares(v, squares[r]);
+      });
       sum_squares();
       __syncthreads();
 #pragma unroll
-      for (int r = 0; r < MaxRows; ++r) {
-        if (r < rows) scale[r] = row_scale(sums + r * 8, a.group, a.epsilon);
-      }
+      for (int r = 0; r < Rows; ++r)
+        scale[r] = row_scale(sums + r * 8, a.group, a.epsilon);
     }
-    for (int c = 8 * threadIdx.x; c < a.group; c += 8 * skinny_threads) {
-      float weight[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-      if (a.norm_weight != nullptr) load_8(a.norm_weight + begin + c, weight);
+    for_pieces(begin, true, [&](int r, int column, const float(&v)[8], const float(&weight)[8]) {
+      if (last) add_squares(v, squares[r]);
+      float y[8];
 #pragma unroll
-      for (int r = 0; r < MaxRows; ++r) {
-        if (r < rows) {
-          float v[8];
-          gated_8(a, first + r, begin + c, v);
-          if (last) add_squares(v, squares[r]);
-#pragma unroll
-          for (int i = 0; i < 8; ++i)
-            v[i] = v[i] * scale[r] * weight[i];
-          store(r, begin + c,
-                make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]),
-                           pack_bf16(v[6], v[7])));
-        }
-      }
-    }
+      for (int i = 0; i < 8; ++i)
+        y[i] = v[i] * scale[r] * weight[i];
+      store(r, column,
+            make_uint4(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]),
+                       pack_bf16(y[6], y[7])));
+    });
     if (last) {
       sum_squares();
     } else if (a.normalise) {

@@ -23,7 +23,7 @@ namespace ssm::kernels::cuda::detail {
 ///
 /// A warp's ring holds the next Depth - 1 units of its chain, over the borders of tiles; the first
 /// of them are on their way before the kernel ahead has finished.
-template <int Depth, class X, class Y>
+template <int Rows, int Depth, class X, class Y>
 __global__ void __launch_bounds__(skinny_threads, 2)
     skinny_stream_kernel(const skinny_arguments<X, bf16, Y> a) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -57,13 +57,29 @@ __global__ void __launch_bounds__(skinny_threads, 2)
   if (!a.early) wait_for_kernel_ahead();
   for (int s = 0; s < Depth - 1; ++s)
     copy_next();
+  // While the memory rests before x is there, it may bring more weights nearer.
+  if (a.early && threadIdx.x < 16) {
+    constexpr int budget = 96 * 1024, in_ring = (Depth - 1) * skinny_chains * skinny_unit;
+    int column = min(a.k, in_ring);
+    int left = budget;
+    for (int tile = blockIdx.x; tile < tiles && left > 0; tile += step, column = 0) {
+      const int count = min(a.k - column, left / 32);
+      const int row = tile * 16 + threadIdx.x;
+      if (count >= 8 && row < a.n) bring_to_cache(a.w + row * a.w_step + column, count / 8 * 16);
+      left -= max(count, 1) * 32;
+    }
+    for (int c = 64 * threadIdx.x; a.norm_weight != nullptr && c + 64 <= a.k; c += 64 * 16)
+      bring_to_cache(a.norm_weight + c, 256);
+  }
 
   wait_for_kernel_ahead();
+  // Early, so that the next product is in place when this one ends.
+  let_next_kernel_start();
   const auto place = [&](int row, int column) {
     return reinterpret_cast<uint4*>(xs + (column / 32 * a.m + row) * 64 + column % 32 * 2);
   };
-  make_rows<8>(a, 0, a.m, squares,
-               [&](int row, int column, uint4 bits) { *place(row, column) = bits; });
+  make_rows<Rows>(a, 0, a.m, squares,
+                  [&](int row, int column, uint4 bits) { *place(row, column) = bits; });
   for (int i = threadIdx.x; i < a.m * (skinny_units(a.k) * skinny_unit - a.k) / 8;
        i += skinny_threads) {
     *place(i % a.m, a.k + i / a.m * 8) = make_uint4(0, 0, 0, 0);
@@ -76,7 +92,6 @@ __global__ void __launch_bounds__(skinny_threads, 2)
   const float scale = a.scaled_last() && out_column < a.m
                           ? row_scale(squares + out_column * 8, a.k, a.epsilon)
                           : 1.0f;
-  bool told = false;
   int slot = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += step) {
     const int j = tile * 16 + out_row;
@@ -91,10 +106,6 @@ __global__ void __launch_bounds__(skinny_threads, 2)
       wait_copies<Depth - 2>();
       __syncwarp();
       copy_next();
-      if (!told && copy_tile >= tiles) {
-        let_next_kernel_start();
-        told = true;
-      }
       const unsigned char* const weights = ring + slot * 2048 + t * 16;
       uint4 low[2], high[2], x[2];
 #pragma unroll

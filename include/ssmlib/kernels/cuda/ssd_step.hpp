@@ -59,8 +59,8 @@ struct ssd_step_problem {
   index_t max_pending = 0;                // at most 16
 
   /// Lets states, rings, positions, pending counts and parameters be read, and replayed tokens be
-  /// taken, before the kernel ahead in the stream has finished, and the next one start. Set it
-  /// where the kernel ahead is a product of skinny_forward (and wrote none of them), as in a model.
+  /// taken, before the kernel ahead in the stream has finished. Set it where that kernel wrote none
+  /// of them, as behind the projection of a model.
   bool early = false;
 };
 
