@@ -49,7 +49,9 @@ void parallel(index_t n, F f) {
   for (auto& t : threads)
     t.join();
 }
-inline void add_to(double& x, double y) { std::atomic_ref<double>(x).fetch_add(y); }
+inline void add_to(double& x, double y) {
+  std::atomic_ref<double>(x).fetch_add(y);
+}
 
 template <class T>
 class buffer {
@@ -151,9 +153,7 @@ class rows_buffer {
     return v;
   }
   [[nodiscard]] T* data() const { return data_.data() + offset(); }
-  [[nodiscard]] view<const T, 2> matrix() const {
-    return {data(), {rows_, width_}, {stride_, 1}};
-  }
+  [[nodiscard]] view<const T, 2> matrix() const { return {data(), {rows_, width_}, {stride_, 1}}; }
   [[nodiscard]] view<T, 2> mutable_matrix() { return {data(), {rows_, width_}, {stride_, 1}}; }
   [[nodiscard]] view<const T, 3> heads(index_t h) const {
     return {data(), {rows_, h, width_ / h}, {stride_, width_ / h, 1}};

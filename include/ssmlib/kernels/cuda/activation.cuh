@@ -18,14 +18,18 @@ SSMLIB_DEVICE float power_of_two(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-SSMLIB_DEVICE double power_of_two(double x) { return exp2(x); }
+SSMLIB_DEVICE double power_of_two(double x) {
+  return exp2(x);
+}
 
 SSMLIB_DEVICE float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-SSMLIB_DEVICE double reciprocal(double x) { return 1.0 / x; }
+SSMLIB_DEVICE double reciprocal(double x) {
+  return 1.0 / x;
+}
 
 template <class R>
 SSMLIB_DEVICE R sigmoid(R x) {
@@ -47,7 +51,9 @@ SSMLIB_DEVICE value_and_slope<R> silu_and_slope(R x) {
 }
 
 /// log(1 + e^x); beyond 20 that is x, the threshold of the published models.
-SSMLIB_DEVICE double softplus(double x) { return x > 20.0 ? x : log1p(exp(x)); }
+SSMLIB_DEVICE double softplus(double x) {
+  return x > 20.0 ? x : log1p(exp(x));
+}
 /// max(x, 0) + log1p(e), e = exp(-|x|) in (0, 1]: a polynomial, because log2 of a number near 1 has
 /// lost the bits of small steps. Relative error 4e-7.
 SSMLIB_DEVICE float softplus(float x) {
