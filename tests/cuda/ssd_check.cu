@@ -603,11 +603,16 @@ void check_all() {
       {"N 25, P 13", {101}, 3, 1, 1, 3, 25, 13, decay::dt, true},
       {"N 300, P 20", {70}, 2, 1, 1, 2, 300, 20, decay::dt, true},
       {"long, cut", {5000}, 2, 1, 1, 2, 128, 64, decay::dt, true},
-      {"wide, cut", {2048}, 24, 1, 1, 24, 128, 64, decay::dt, true}};
+      {"wide, cut", {2048}, 24, 1, 1, 24, 128, 64, decay::dt, true},
+      {"ragged, cut", {2000, 3, 900, 1500}, 8, 1, 1, 8, 128, 64, decay::dt, true, true, true},
+      {"many pieces", {8192}, 4, 1, 1, 4, 64, 64, decay::dt, true},
+      {"2^20 + 1 tokens", {(1 << 20) + 1}, 1, 1, 1, 1, 16, 16, decay::dt, true},
+      {"70,001 sequences", std::vector<index_t>(70001, 2), 1, 1, 1, 1, 8, 8, decay::log_a},
+      {"odd sizes", {1009}, 7, 7, 7, 7, 24, 40, decay::dt, true}};
   unsigned seed = 1;
   for (const shape& c : shapes) {
     check_forward<bf16>(c, seed++);
-    if (c.lengths[0] > 1000) continue;
+    if (c.lengths[0] > 1009) continue;
     check_forward<float>(c, seed++);
     check_forward<double>(c, seed++);
     if (c.lengths[0] > 600) continue;

@@ -232,8 +232,11 @@ __global__ __launch_bounds__(256, 2) void ssd_boundary_kernel(
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = threadIdx.x % 32;
   if (warp < 4) {
-    ssd_walk<N>(p, cut, stages, shared, reverse ? d_final : initial,
-                reverse ? d_initial : ssd_state_operand<float>(), s, v, reverse, tokens);
+    ssd_state_operand<const float> from = initial;
+    if (reverse) from = d_final;
+    ssd_state_operand<float> to = d_initial;
+    if (!reverse) to.data = nullptr;
+    ssd_walk<N>(p, cut, stages, shared, from, to, s, v, reverse, tokens);
   } else if (warp == 4) {
     const ssd_steps<bf16> steps(p, h);
     for (int i = 0; i < chunks; ++i) {

@@ -32,7 +32,10 @@ SSMLIB_DEVICE void ssd_compute(const ssd_pipeline<Tile>& pipeline, const ssd_arg
   const int v = place.lane + group, h = v / cut.parts, from = v % cut.parts * 64;
   const int chunks = (place.tokens + chunk - 1) / chunk;
   float state[N / 2];
-  ssd_start_state<N>(state, p, cut, initial, place.sequence, place.super, v, tid, Tile::states,
+  // Not only who reads the workspace waits: the kernel must not end before the one that fills it.
+  if constexpr (!Tile::states) wait_for_previous_kernel();
+  ssd_start_state<N>(state, p, cut, initial, place.sequence,
+                     Tile::states ? place.super : place.super * cut.pieces, v, tid, Tile::states,
                      place.super == 0 && place.last);
   const float d = p.d.data == nullptr ? 0.0f : *p.d.head(h);
   float product = 1.0f;  // of the decays of all chunks
@@ -143,8 +146,8 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ssd_chunk_kernel(
     const ssd_state_operand<float> final) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared[];
-  const int supers = Tile::states ? cut.supers - 1 : cut.supers;
-  const ssd_place place(p, cut, static_cast<int>(blockIdx.x), Tile::groups, supers);
+  if constexpr (Tile::states) let_next_kernel_start();
+  const ssd_place place(p, cut, static_cast<int>(blockIdx.x), Tile::groups, cut.supers);
   if (Tile::states ? place.last : place.empty) return;
   const ssd_pipeline<Tile> pipeline(shared);
   __syncthreads();
@@ -169,7 +172,8 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ssd_chunk_kernel(
 #endif
 }
 
-// Turns what the parts of a sequence add to the state into the states before them, in place.
+// Turns what the pieces of a sequence add to the state into the states after them, in place. `cut`
+// is that of the pieces.
 __global__ void ssd_scan_kernel(const ssd_arguments<bf16> p, const ssd_cut cut, int state_size) {
   const index_t i = (static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
   if (i >= p.sequences * cut.lanes * state_size) return;
@@ -177,11 +181,11 @@ __global__ void ssd_scan_kernel(const ssd_arguments<bf16> p, const ssd_cut cut, 
   const int v = static_cast<int>(i / state_size % cut.lanes);
   const index_t length = p.end(s) - p.begin(s), step = index_t{cut.lanes} * state_size;
   const int parts = static_cast<int>((length + cut.tokens - 1) / cut.tokens);
-  float* at = cut.state + (index_t{s} * cut.supers * cut.lanes + v) * state_size + i % state_size;
+  float* at = cut.state + (index_t{s} * cut.slots * cut.lanes + v) * state_size + i % state_size;
   if (parts < 3) return;
   float4 sum = *reinterpret_cast<const float4*>(at + step);
 #pragma unroll 4
-  for (int k = 2; k < parts; ++k) {
+  for (int k = 2; k < min(parts, cut.slots); ++k) {
     const float decay = *cut.decay_of(s, k - 1, v);
     float4* here = reinterpret_cast<float4*>(at + k * step);
     const float4 own = *here;
@@ -205,13 +209,14 @@ void ssd_forward_tiles(cudaStream_t stream, const ssd_problem<bf16>& p, const ss
     using tile = ssd_tile<N, Groups, true>;
     SSMLIB_CHECK_CUDA(cudaFuncSetAttribute(
         ssd_chunk_kernel<tile>, cudaFuncAttributeMaxDynamicSharedMemorySize, tile::bytes));
-    const unsigned blocks = ssd_blocks(p.sequences * (cut.supers - 1) * packs);
-    ssd_chunk_kernel<tile>
-        <<<blocks, tile::threads, tile::bytes, stream>>>(arguments, maps, cut, to, initial, final);
+    const ssd_cut pieces = cut.of_pieces();
+    const unsigned blocks = ssd_blocks(p.sequences * pieces.supers * packs);
+    ssd_chunk_kernel<tile><<<blocks, tile::threads, tile::bytes, stream>>>(arguments, maps, pieces,
+                                                                           to, initial, final);
     SSMLIB_CHECK_CUDA(cudaGetLastError());
     if (!cut.folded) {
       const index_t threads = p.sequences * cut.lanes * (64 * N / 4);
-      ssd_scan_kernel<<<ssd_blocks((threads + 127) / 128), 128, 0, stream>>>(arguments, cut,
+      ssd_scan_kernel<<<ssd_blocks((threads + 127) / 128), 128, 0, stream>>>(arguments, pieces,
                                                                              64 * N);
       SSMLIB_CHECK_CUDA(cudaGetLastError());
     }
@@ -219,10 +224,18 @@ void ssd_forward_tiles(cudaStream_t stream, const ssd_problem<bf16>& p, const ss
   using tile = ssd_tile<N, Groups, false>;
   SSMLIB_CHECK_CUDA(cudaFuncSetAttribute(ssd_chunk_kernel<tile>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, tile::bytes));
-  const unsigned blocks = ssd_blocks(p.sequences * cut.supers * packs);
-  ssd_chunk_kernel<tile>
-      <<<blocks, tile::threads, tile::bytes, stream>>>(arguments, maps, cut, to, initial, final);
-  SSMLIB_CHECK_CUDA(cudaGetLastError());
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(ssd_blocks(p.sequences * cut.supers * packs));
+  config.blockDim = dim3(tile::threads);
+  config.dynamicSmemBytes = tile::bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = cut.supers > 1 ? 1 : 0;
+  SSMLIB_CHECK_CUDA(cudaLaunchKernelEx(&config, ssd_chunk_kernel<tile>, arguments, maps, cut, to,
+                                       initial, final));
 }
 
 }  // namespace detail

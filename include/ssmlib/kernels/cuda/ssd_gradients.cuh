@@ -25,7 +25,7 @@ struct ssd_token_sums {
   }
 };
 
-inline constexpr int ssd_slices = 16;  // of the tokens, for sums over tokens
+inline constexpr int ssd_slices = 64;  // of the tokens, for sums over tokens
 
 /// to (tokens, groups, columns) = the sums over the heads of a group of from (pieces, tokens,
 /// heads, columns), and over the pieces.
@@ -80,60 +80,59 @@ __global__ void ssd_step_gradients_kernel(const ssd_arguments<T> p,
   }
 }
 
-/// Sums over a slice of the tokens, for one head: of log_a, step * log_a, dt and skip.
+/// Sums over a slice of the tokens, for 32 heads: of log_a, step * log_a, dt and skip.
 template <class T>
 __global__ __launch_bounds__(256) void ssd_parameter_sums_kernel(
     const ssd_arguments<T> p, const ssd_token_sums<accum_t<T>> sums, accum_t<T>* to) {
   using real = accum_t<T>;
-  __shared__ real shared[4][8];
-  const int h = static_cast<int>(blockIdx.x) / ssd_slices;
-  const int slice = static_cast<int>(blockIdx.x) % ssd_slices;
+  __shared__ real shared[8][4][32];
+  const int h = static_cast<int>(blockIdx.x) / ssd_slices * 32 + threadIdx.x % 32;
+  const int slice = static_cast<int>(blockIdx.x) % ssd_slices, row = threadIdx.x / 32;
   const index_t first = p.begin(0), count = p.begin(p.sequences) - first;
   const index_t end = first + count * (slice + 1) / ssd_slices;
-  const ssd_steps<T> steps(p, h);
   real own[4] = {0, 0, 0, 0};
-  for (index_t t = first + count * slice / ssd_slices + threadIdx.x; t < end; t += blockDim.x) {
-    const real log_a = sums.head(sums.log_a, t, h);
-    own[0] += log_a;
-    own[3] += sums.head(sums.skip, t, h);
-    if (!steps.discretizes()) continue;
-    const ssd_raw_step<T> raw = steps.load(t);
-    own[1] += steps.compute(raw).weight * log_a;
-    own[2] += (sums.head(sums.weight, t, h) + steps.a() * log_a) * steps.slope(raw);
+  if (h < p.heads) {
+    const ssd_steps<T> steps(p, h);
+    for (index_t t = first + count * slice / ssd_slices + row; t < end; t += 8) {
+      const real log_a = sums.head(sums.log_a, t, h);
+      own[0] += log_a;
+      own[3] += sums.head(sums.skip, t, h);
+      if (!steps.discretizes()) continue;
+      const ssd_raw_step<T> raw = steps.load(t);
+      own[1] += steps.compute(raw).weight * log_a;
+      own[2] += (sums.head(sums.weight, t, h) + steps.a() * log_a) * steps.slope(raw);
+    }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const real sum = warp_sum(own[i]);
-    if (threadIdx.x % 32 == 0) shared[i][threadIdx.x / 32] = sum;
-  }
+  for (int i = 0; i < 4; ++i)
+    shared[row][i][threadIdx.x % 32] = own[i];
   __syncthreads();
-  if (threadIdx.x >= 4) return;
+  if (row >= 4 || h >= p.heads) return;
   real sum = 0;
+#pragma unroll
   for (int i = 0; i < 8; ++i)
-    sum += shared[threadIdx.x][i];
-  to[(slice * 4 + threadIdx.x) * p.heads + h] = sum;
+    sum += shared[i][row][threadIdx.x % 32];
+  to[(slice * 4 + row) * p.heads + h] = sum;
 }
 
-/// The gradients of gamma, a, dt_bias and d from the slices' sums.
+/// The gradients of gamma, a, dt_bias and d from the slices' sums: a block a head, a warp each.
 template <class T>
-__global__ void ssd_parameter_gradients_kernel(const ssd_arguments<T> p, const accum_t<T>* sums,
-                                               const ssd_operand<accum_t<T>> gamma,
-                                               const ssd_operand<accum_t<T>> a,
-                                               const ssd_operand<accum_t<T>> dt_bias,
-                                               const ssd_operand<accum_t<T>> d) {
+__global__ __launch_bounds__(128) void ssd_parameter_gradients_kernel(
+    const ssd_arguments<T> p, const accum_t<T>* sums, const ssd_operand<accum_t<T>> gamma,
+    const ssd_operand<accum_t<T>> a, const ssd_operand<accum_t<T>> dt_bias,
+    const ssd_operand<accum_t<T>> d) {
   using real = accum_t<T>;
-  const int h = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (h >= p.heads) return;
-  const auto add = [&](const ssd_operand<real>& to, int which) {
-    if (to.data == nullptr || h % to.heads_a_group != 0) return;
-    real sum = 0;
-    for (int i = 0; i < to.heads_a_group; ++i) {
-      for (int slice = 0; slice < ssd_slices; ++slice)
-        sum += sums[(slice * 4 + which) * p.heads + h + i];
-    }
-    *to.head(h) = which == 0 ? sum / *p.gamma.head(h) : sum;
-  };
-  add(gamma, 0), add(a, 1), add(dt_bias, 2), add(d, 3);
+  const int h = static_cast<int>(blockIdx.x), which = threadIdx.x / 32;
+  const ssd_operand<real>& to = which == 0 ? gamma : which == 1 ? a : which == 2 ? dt_bias : d;
+  if (to.data == nullptr || h % to.heads_a_group != 0) return;
+  real sum = 0;
+  for (int i = 0; i < to.heads_a_group; ++i) {
+#pragma unroll
+    for (int slice = threadIdx.x % 32; slice < ssd_slices; slice += 32)
+      sum += sums[(slice * 4 + which) * p.heads + h + i];
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) *to.head(h) = which == 0 ? sum / *p.gamma.head(h) : sum;
 }
 
 /// Elements of `R` that ssd_finish_gradients works in.
@@ -159,9 +158,9 @@ void ssd_finish_gradients(cudaStream_t stream, const ssd_problem<T>& p,
   }
   if (!g.gamma && !g.a && !g.dt_bias && !g.d) return;
   ssd_parameter_sums_kernel<T>
-      <<<ssd_blocks(p.heads * ssd_slices), 256, 0, stream>>>(arguments, sums, work);
+      <<<ssd_blocks((p.heads + 31) / 32 * ssd_slices), 256, 0, stream>>>(arguments, sums, work);
   SSMLIB_CHECK_CUDA(cudaGetLastError());
-  ssd_parameter_gradients_kernel<T><<<ssd_blocks((p.heads + 127) / 128), 128, 0, stream>>>(
+  ssd_parameter_gradients_kernel<T><<<ssd_blocks(p.heads), 128, 0, stream>>>(
       arguments, work, ssd_operand<real>(g.gamma, p.heads), ssd_operand<real>(g.a, p.heads),
       ssd_operand<real>(g.dt_bias, p.heads), ssd_operand<real>(g.d, p.heads));
   SSMLIB_CHECK_CUDA(cudaGetLastError());

@@ -1,13 +1,11 @@
 #pragma once
 
 #include <ssmlib/kernels/cuda/hopper.cuh>
-#include <ssmlib/kernels/cuda/ssd_parts.cuh>
-
-#include <algorithm>
+#include <ssmlib/kernels/cuda/ssd_plan.cuh>
 
 /// @file
-/// What the kernels of the tensor cores share for scalar-gated recurrences: how a sequence is cut
-/// into parts that run at once, tiles in shared memory, the decays of a chunk of 64 tokens.
+/// What the kernels of the tensor cores share for scalar-gated recurrences: tiles in shared memory
+/// and how they get there, the decays of a chunk of 64 tokens, operands in registers.
 
 namespace ssm::kernels::cuda::detail {
 
@@ -41,127 +39,19 @@ SSMLIB_DEVICE std::uint32_t multiply_pairs(std::uint32_t a, std::uint32_t b) {
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+/// Waits for the kernel before this one in the stream, where that one let this one start early.
+SSMLIB_DEVICE void wait_for_previous_kernel() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+/// Lets the next kernel in the stream start while this one runs, if it was launched so.
+SSMLIB_DEVICE void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 SSMLIB_DEVICE float power_of_two(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
-
-/// How sequences are cut into parts of `tokens` tokens, whose states meet in the workspace. A lane
-/// is 64 features of one head.
-struct ssd_cut {
-  index_t tokens;
-  int lanes, parts;  // parts of 64 features a head
-  int supers;        // parts of a sequence, at most
-  bool folded;       // a part sums up the states before it by itself
-  float* state;      // (sequences, supers, lanes, 64 * keys), as registers lie
-  float* decay;      // (sequences, supers, lanes)
-
-  template <int N>
-  SSMLIB_DEVICE float* state_of(index_t s, index_t super, index_t v) const {
-    return state + ((s * supers + super) * lanes + v) * (64 * N);
-  }
-  SSMLIB_DEVICE float* decay_of(index_t s, index_t super, index_t v) const {
-    return decay + (s * supers + super) * lanes + v;
-  }
-};
-
-/// What one block works on: lanes from `lane` on, of one part of one sequence.
-struct ssd_place {
-  int lane, super, sequence, tokens;
-  index_t first;  // token, of all
-  bool last, empty;
-
-  SSMLIB_DEVICE ssd_place(const ssd_arguments<bf16>& p, const ssd_cut& cut, int block, int groups,
-                          int supers) {
-    const int packs = cut.lanes / groups;
-    lane = block % packs * groups;
-    super = block / packs % supers;
-    sequence = block / packs / supers;
-    const index_t begin = p.begin(sequence), length = p.end(sequence) - begin;
-    const index_t from = super * cut.tokens;
-    first = begin + from;
-    last = from + cut.tokens >= length;
-    empty = super > 0 && from >= length;
-    tokens = static_cast<int>(max(index_t{0}, min(cut.tokens, length - from)));
-  }
-};
-
-/// Whether rows can be copied 16 bytes at a time.
-inline bool ssd_aligned(const view<const bf16, 3>& v) {
-  return reinterpret_cast<std::uintptr_t>(v.data) % 16 == 0 && v.stride(2) == 1 &&
-         v.stride(0) % 8 == 0 && v.stride(1) % 8 == 0 && v.extent(2) % 8 == 0;
-}
-
-/// What the launch does for one problem: a function of its sizes and of the card.
-struct ssd_plan {
-  bool tiles = false;  // the tensor cores' kernels
-  int keys = 128, groups = 2;
-  index_t lanes = 0, parts = 1, supers = 1, tokens = 0;
-
-  [[nodiscard]] static ssd_plan of(const ssd_problem<bf16>& p) {
-    ssd_plan r;
-    int device = 0, major = 0, processors = 1;
-    SSMLIB_CHECK_CUDA(cudaGetDevice(&device));
-    SSMLIB_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    SSMLIB_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    r.tiles = major == 9 && p.key_size() <= 128 && p.q.extent(0) < (index_t{1} << 31) &&
-              ssd_aligned(p.q) && ssd_aligned(p.k) && ssd_aligned(p.x);
-    if (!r.tiles || p.heads == 0 || p.sequences == 0) return r;
-    r.keys = p.key_size() <= 64 ? 64 : 128;
-    r.parts = (p.features() + 63) / 64;
-    r.lanes = p.heads * r.parts;
-    // Two warpgroups of a block share q and k, so their lanes must.
-    const index_t heads = p.heads / std::max(p.q.extent(1), p.k.extent(1));
-    r.groups = r.parts % 2 == 0 || heads % 2 == 0 ? 2 : 1;
-    r.cut_sequences(p, processors);
-    return r;
-  }
-
-  [[nodiscard]] std::size_t workspace_bytes(const ssd_problem<bf16>& p) const {
-    if (supers == 1) return 0;
-    return static_cast<std::size_t>(p.sequences * supers * lanes) * (64 * keys + 4) * sizeof(float);
-  }
-  [[nodiscard]] ssd_cut cut(const ssd_problem<bf16>& p, void* workspace) const {
-    auto* state = static_cast<float*>(workspace);
-    float* decay = state == nullptr ? nullptr : state + p.sequences * supers * lanes * 64 * keys;
-    return {tokens,
-            static_cast<int>(lanes),
-            static_cast<int>(parts),
-            static_cast<int>(supers),
-            supers <= 6,
-            state,
-            decay};
-  }
-
- private:
-  // Time is counted in chunks of a block's main pass (about 2.2 us on an H100): waves of blocks,
-  // each with 1.5 chunks to start; the pass for the states, which the memory bounds when it fills
-  // the card; two more launches; and from 7 parts on the scan over them.
-  void cut_sequences(const ssd_problem<bf16>& p, int processors) {
-    const index_t chunks = std::max<index_t>(1, (p.max_length + 63) / 64);
-    const index_t blocks = p.sequences * lanes / groups;
-    const index_t slots = groups == 2 ? processors : 2 * processors;
-    double best = 0.0;
-    for (index_t k = 1; k <= std::min<index_t>(chunks, 64); ++k) {
-      const index_t length = (chunks + k - 1) / k;
-      if ((chunks + length - 1) / length != k) continue;
-      const auto waves = [&](index_t n) { return static_cast<double>((n + slots - 1) / slots); };
-      const auto span = static_cast<double>(length);
-      double time = waves(blocks * k) * (span + 1.5);
-      if (k > 1) {
-        const double bytes = static_cast<double>(blocks * (k - 1)) * span / processors * 0.45;
-        time += std::max(waves(blocks * (k - 1)) * (span + 3.5) * 0.35, bytes) + 2.0;
-        if (k > 6) time += static_cast<double>(p.sequences * lanes * k) * 0.01;
-      }
-      if (k == 1 || time < best) {
-        best = time;
-        supers = k;
-        tokens = length * 64;
-      }
-    }
-  }
-};
 
 /// The decays of one chunk of one lane. Lambda is the sum of log2 decays up to a token; a decay
 /// below 2^-256 counts as that, which is zero in float.
@@ -350,12 +240,12 @@ SSMLIB_DEVICE void ssd_clear_rows(unsigned char* panel, int panels, int n, int t
 template <int N>
 SSMLIB_DEVICE void ssd_start_state(float (&state)[N / 2], const ssd_arguments<bf16>& p,
                                    const ssd_cut& cut,
-                                   const ssd_state_operand<const float>& initial, int s, int super,
+                                   const ssd_state_operand<const float>& initial, int s, int slot,
                                    int v, int tid, bool states, bool whole) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i)
     state[i] = 0.0f;
-  if (super == 0) {
+  if (slot == 0) {
     if (initial.data == nullptr) return;
     // Another block may overwrite the initial state by its final one: the first pass copies it.
     float* copy = whole ? nullptr : cut.state_of<N>(s, 0, v) + tid;
@@ -377,7 +267,7 @@ SSMLIB_DEVICE void ssd_start_state(float (&state)[N / 2], const ssd_arguments<bf
     return;
   }
   if (states) return;
-  for (int k = cut.folded ? 1 : super; k <= super; ++k) {
+  for (int k = cut.folded ? 1 : slot; k <= slot; ++k) {
     const float* from = cut.state_of<N>(s, k, v) + tid;
     const float decay = k > 1 && cut.folded ? *cut.decay_of(s, k - 1, v) : 0.0f;
 #pragma unroll
