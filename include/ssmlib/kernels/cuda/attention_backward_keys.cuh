@@ -332,9 +332,9 @@ void launch_backward_keys(cudaStream_t stream, const attention_problem<bf16>& pr
       k(problem.k, key_packed, n, p.layout.max_key_length, Tile::keys),
       v(problem.v, key_packed, n, p.layout.max_key_length, Tile::keys),
       d(dy, packed, n, length, Tile::queries);
-  static const unsigned resident =
-      resident_blocks(attention_backward_keys_kernel<Tile>, Tile::threads, Tile::shared_bytes);
-  const auto blocks = static_cast<unsigned>(std::min<index_t>(resident, tiles));
+  allow_shared_bytes(attention_backward_keys_kernel<Tile>, Tile::shared_bytes);
+  // About a block a tile: the longest start first, and who is done takes the next.
+  const auto blocks = static_cast<unsigned>(std::min<index_t>(tiles, index_t{1} << 30));
   attention_backward_keys_kernel<Tile>
       <<<blocks, Tile::threads, Tile::shared_bytes, stream>>>(p, q.map, k.map, v.map, d.map);
   SSMLIB_CHECK_CUDA(cudaGetLastError());

@@ -12,7 +12,7 @@ namespace ssm::kernels::cuda::detail {
 /// @tparam D  head size, rounded up
 template <int D>
 struct backward_queries_tile {
-  static constexpr int size = D, groups = 2, queries = 64 * groups, keys = D > 64 ? 64 : 128;
+  static constexpr int size = D, groups = 2, queries = 64 * groups, keys = D > 64 ? 96 : 128;
   static constexpr int stages = 2;
   static constexpr int panels = (D + 63) / 64, threads = 128 * (groups + 1);
   static constexpr int key_panel = keys * 128, query_panel = queries * 128;
@@ -148,7 +148,7 @@ class backward_queries_rows {
           add(range, i);
         products_wait<0>();
         pin(dq_);
-        release(shared_.free + pending_);
+        if (pending_ >= 0) release(shared_.free + pending_);
         release(shared_.rows_free);
       }
       store(range, work.head);
@@ -163,6 +163,13 @@ class backward_queries_rows {
   /// Adds what the keys of tile i contribute.
   SSMLIB_DEVICE void add(const backward_queries_range<Tile>& range, int i) {
     const int stage = at_.stage, key0 = i * N;
+    const attention_layout& layout = p_.layout;
+    const int position = range.row0 + 64 * group_ + range.span.shift();
+    if (layout.causal && key0 > position + 63) {  // only the later warpgroup's rows see it
+      barrier_wait(shared_.full + stage, at_.parity);
+      release(shared_.free + stage);
+      return;
+    }
     unsigned char* k = shared_.k + stage * Tile::key_bytes;
     unsigned char* v = shared_.v + stage * Tile::key_bytes;
     barrier_wait(shared_.full + stage, at_.parity);
@@ -185,8 +192,6 @@ class backward_queries_rows {
     pin(dw_);
     if (pending_ >= 0) release(shared_.free + pending_);
     pending_ = stage;
-    const attention_layout& layout = p_.layout;
-    const int position = range.row0 + 64 * group_ + range.span.shift();
     if (key0 + N > range.span.keys ||
         (layout.causal && (key0 + N - 1 > position || key0 <= position + 63 - layout.window))) {
       const int mine = range.row0 + row_ + range.span.shift();
@@ -274,9 +279,8 @@ void launch_backward_queries(cudaStream_t stream, const attention_problem<bf16>&
       k(problem.k, key_packed, n, length, Tile::keys),
       v(problem.v, key_packed, n, length, Tile::keys),
       d(dy, packed, n, p.layout.max_length, Tile::queries);
-  static const unsigned resident =
-      resident_blocks(attention_backward_queries_kernel<Tile>, Tile::threads, Tile::shared_bytes);
-  const auto blocks = static_cast<unsigned>(std::min<index_t>(resident, tiles));
+  const unsigned blocks =
+      persistent_blocks(attention_backward_queries_kernel<Tile>, Tile::shared_bytes, tiles);
   attention_backward_queries_kernel<Tile>
       <<<blocks, Tile::threads, Tile::shared_bytes, stream>>>(p, q.map, k.map, v.map, d.map);
   SSMLIB_CHECK_CUDA(cudaGetLastError());

@@ -335,10 +335,9 @@ void launch_forward(cudaStream_t stream, const attention_problem<bf16>& problem,
   const attention_boxes q(problem.q, packed, n, p.layout.max_length, Tile::rows),
       k(problem.k, key_packed, n, length, Tile::keys),
       v(problem.v, key_packed, n, length, Tile::keys);
-  static const unsigned resident =
-      resident_blocks(attention_forward_kernel<Tile>, Tile::threads, Tile::shared_bytes);
   const index_t tiles = p.schedule.pairs * p.schedule.tiles;
-  const auto blocks = static_cast<unsigned>(std::min<index_t>(resident, tiles));
+  const unsigned blocks =
+      persistent_blocks(attention_forward_kernel<Tile>, Tile::shared_bytes, tiles);
   attention_forward_kernel<Tile>
       <<<blocks, Tile::threads, Tile::shared_bytes, stream>>>(p, q.map, k.map, v.map);
   SSMLIB_CHECK_CUDA(cudaGetLastError());

@@ -4,6 +4,8 @@
 #include <ssmlib/kernels/cuda/device.cuh>
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <string>
 
 /// @file
@@ -172,9 +174,12 @@ template <class T>
   if constexpr (!std::is_same_v<T, bf16>) {
     return false;
   } else {
+    constexpr index_t most = std::numeric_limits<int>::max();  // coordinates have 32 bits
+    const index_t tokens[2] = {p.q.extents[0], p.k.extents[0]};
     return p.scale > 0 && rows_aligned(p.q) && rows_aligned(p.k) && rows_aligned(p.v) &&
            std::max(p.q.extents[2], p.v.extents[2]) <= largest && p.q.extents[2] > 0 &&
-           p.v.extents[2] > 0;
+           p.v.extents[2] > 0 && std::min(tokens[0], tokens[1]) > 0 &&
+           std::max(tokens[0], tokens[1]) <= most && p.sequences <= most;
   }
 }
 

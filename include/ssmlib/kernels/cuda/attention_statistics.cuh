@@ -31,57 +31,88 @@ struct backward_statistics {
   }
 };
 
-/// Half a warp a row, heads first, so that neighbours in memory are read together.
-static __global__ __launch_bounds__(256) void attention_statistics_kernel(
-    const __grid_constant__ attention_operand<const bf16> y,
-    const __grid_constant__ attention_operand<const bf16> dy, const float* log_sum,
-    index_t log_sum_head, const __grid_constant__ attention_layout layout, int tiles,
-    const __grid_constant__ backward_statistics to) {
-  const int lane = threadIdx.x % 16, first = threadIdx.x / 16;
-  const index_t count = layout.sequences * tiles * layout.heads;
-  for (index_t n = blockIdx.x; n < count; n += gridDim.x) {
-    const int head = static_cast<int>(n % layout.heads);
-    const index_t rest = n / layout.heads, sequence = rest / tiles;
-    const attention_span span = layout.span(sequence);
-    const int row0 = static_cast<int>(rest - sequence * tiles) * statistics_tile;
-    if (row0 >= span.queries) continue;
-    const index_t place = to.place(sequence, span.query_begin, head);
-#pragma unroll 2
-    for (int row = row0 + first; row < row0 + statistics_tile; row += 16) {
-      const bool there = row < span.queries;
-      const index_t token = span.query_begin + row;
-      float sum = 0.0f;
-      for (int c = 8 * lane; there && c < y.size; c += 128) {
-        bf16 a[8], b[8];
-        *reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(y.row(token, head) + c);
-        *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(dy.row(token, head) + c);
+struct statistics_parameters {
+  attention_operand<const bf16> y, dy;
+  const float* log_sum;
+  index_t log_sum_head;
+  attention_layout layout;
+  backward_statistics to;
+};
+
+SSMLIB_DEVICE float dot_bf16(const uint4& a, const uint4& b, float sum) {
+  const std::uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-          sum = fmaf(widen(a[i]), widen(b[i]), sum);
+  for (int i = 0; i < 4; ++i) {
+    sum = fmaf(__uint_as_float(x[i] << 16), __uint_as_float(y[i] << 16), sum);
+    sum = fmaf(__uint_as_float(x[i] & 0xffff0000u), __uint_as_float(y[i] & 0xffff0000u), sum);
+  }
+  return sum;
+}
+
+/// Half a warp takes 8 rows of one head, its neighbour those of the next: what is read together
+/// lies together.
+static __global__ __launch_bounds__(256) void attention_statistics_kernel(
+    const __grid_constant__ statistics_parameters p) {
+  constexpr int rows = 8;
+  const attention_layout& layout = p.layout;
+  const int lane = threadIdx.x % 16;
+  const index_t tiles =
+      (layout.max_length + statistics_tile - 1) / statistics_tile * (statistics_tile / rows);
+  const index_t count = layout.sequences * tiles * layout.heads, step = index_t{gridDim.x} * 16;
+  for (index_t first = blockIdx.x * index_t{16}; first < count; first += step) {
+    const index_t n = min(first + threadIdx.x / 16, count - 1);  // whole warps stay together
+    const index_t rest = n / layout.heads, sequence = rest / tiles;
+    const int head = static_cast<int>(n - rest * layout.heads);
+    const attention_span span = layout.span(sequence);
+    const int row0 = static_cast<int>(rest - sequence * tiles) * rows;
+    float sums[rows] = {};
+    for (int c = 8 * lane; c < p.y.size; c += 128) {
+      uint4 a[rows], b[rows];
+#pragma unroll
+      for (int i = 0; i < rows; ++i) {
+        const bool there = row0 + i < span.queries;
+        const index_t token = span.query_begin + row0 + i;
+        a[i] = b[i] = make_uint4(0, 0, 0, 0);
+        if (there) a[i] = *reinterpret_cast<const uint4*>(p.y.row(token, head) + c);
+        if (there) b[i] = *reinterpret_cast<const uint4*>(p.dy.row(token, head) + c);
       }
 #pragma unroll
-      for (int step = 8; step > 0; step /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (lane != 0) continue;
-      const float l = there ? log_sum[head * log_sum_head + token] : -INFINITY;
-      // A weight is 2^(logit - this): 0 in rows without keys.
-      to.log_sum[place + row] = l == -INFINITY ? INFINITY : l * 1.4426950408889634f;
-      to.delta[place + row] = sum;
+      for (int i = 0; i < rows; ++i)
+        sums[i] = dot_bf16(a[i], b[i], sums[i]);
     }
+    float mine = 0.0f;  // lane i keeps row i's
+#pragma unroll
+    for (int i = 0; i < rows; ++i) {
+#pragma unroll
+      for (int s = 8; s > 0; s /= 2)
+        sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], s);
+      mine = lane == i ? sums[i] : mine;
+    }
+    const int row = row0 + lane, room = (span.queries + statistics_tile - 1) / statistics_tile;
+    if (lane >= rows || row0 >= room * statistics_tile) continue;
+    const float l =
+        row < span.queries ? p.log_sum[head * p.log_sum_head + span.query_begin + row] : -INFINITY;
+    const index_t place = p.to.place(sequence, span.query_begin, head) + row;
+    // A weight is 2^(logit - this): 0 in rows without keys.
+    p.to.log_sum[place] = l == -INFINITY ? INFINITY : l * 1.4426950408889634f;
+    p.to.delta[place] = mine;
   }
 }
 
 inline void prepare_statistics(cudaStream_t stream, const attention_problem<bf16>& problem,
                                view<const bf16, 3> y, view<const float, 2> log_sum,
                                view<const bf16, 3> dy, const backward_statistics& to) {
-  const attention_layout layout(problem);
-  const int tiles = (layout.max_length + statistics_tile - 1) / statistics_tile;
-  const index_t blocks = layout.sequences * tiles * layout.heads;
+  const statistics_parameters p{attention_operand<const bf16>(y),
+                                attention_operand<const bf16>(dy),
+                                log_sum.data,
+                                log_sum.strides[0],
+                                attention_layout(problem),
+                                to};
+  const index_t tiles = (p.layout.max_length + statistics_tile - 1) / statistics_tile;
+  const index_t blocks = p.layout.sequences * tiles * p.layout.heads;
   if (blocks == 0) return;
   attention_statistics_kernel<<<static_cast<unsigned>(std::min<index_t>(blocks, 1 << 20)), 256, 0,
-                                stream>>>(attention_operand<const bf16>(y),
-                                          attention_operand<const bf16>(dy), log_sum.data,
-                                          log_sum.strides[0], layout, tiles, to);
+                                stream>>>(p);
   SSMLIB_CHECK_CUDA(cudaGetLastError());
 }
 

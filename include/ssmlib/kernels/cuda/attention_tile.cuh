@@ -183,17 +183,20 @@ SSMLIB_DEVICE int head_of(int h, int heads, int groups) {
   return h / (heads / groups);
 }
 
-/// How many blocks run at once: persistent kernels launch no more.
 template <class Kernel>
-[[nodiscard]] unsigned resident_blocks(Kernel kernel, int threads, int shared_bytes) {
+void allow_shared_bytes(Kernel kernel, int bytes) {
   SSMLIB_CHECK_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  int device = 0, processors = 0, blocks = 0;
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+/// Blocks of a persistent kernel that fills a multiprocessor with one: no more than tiles.
+template <class Kernel>
+[[nodiscard]] unsigned persistent_blocks(Kernel kernel, int shared_bytes, index_t tiles) {
+  allow_shared_bytes(kernel, shared_bytes);
+  int device = 0, processors = 0;
   SSMLIB_CHECK_CUDA(cudaGetDevice(&device));
   SSMLIB_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  SSMLIB_CHECK_CUDA(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
-  return static_cast<unsigned>(processors * std::max(1, blocks));
+  return static_cast<unsigned>(std::min<index_t>(processors, tiles));
 }
 
 }  // namespace ssm::kernels::cuda::detail
