@@ -587,7 +587,7 @@ double copy_rate(cudaStream_t stream) {
   return 2.0 * static_cast<double>(bytes) / ms * 1e-9;
 }
 
-void check_all() {
+void check_all(bool quick) {
   const std::vector<shape> shapes = {
       {"one token", {1}, 2, 1, 1, 2, 128, 64, decay::dt, true},
       {"one chunk", {64}, 2, 1, 1, 2, 128, 64, decay::log_a},
@@ -611,6 +611,7 @@ void check_all() {
       {"odd sizes", {1009}, 7, 7, 7, 7, 24, 40, decay::dt, true}};
   unsigned seed = 1;
   for (const shape& c : shapes) {
+    if (quick && (c.lengths[0] > 600 || c.lengths.size() > 9)) continue;
     check_forward<bf16>(c, seed++);
     if (c.lengths[0] > 1009) continue;
     check_forward<float>(c, seed++);
@@ -622,31 +623,48 @@ void check_all() {
   }
 }
 
-/// Twenty runs of a cut sequence give the same bits.
+/// Twenty runs of a cut sequence give the same bits, forward and backward.
 void check_bits() {
   const shape c{"same bits", {3000}, 8, 1, 1, 8, 128, 64, decay::dt};
   const example<bf16> e(c, 99);
   const on_device<bf16> device(e);
+  const std::array<index_t, 3> rows{e.tokens, c.heads, c.P};
   const buffer<char> work(cuda::ssd_forward_workspace_bytes(device.p));
-  std::vector<bf16> first;
+  const buffer<char> back(cuda::ssd_backward_workspace_bytes(device.p));
+  std::vector<char> first;
   for (int i = 0; i < 20; ++i) {
-    const buffer<bf16> y(static_cast<std::size_t>(e.tokens * c.heads * c.P));
-    cuda::ssd_forward(nullptr, device.p,
-                      dense(y.data, std::array<index_t, 3>{e.tokens, c.heads, c.P}), device.io,
-                      work.data);
-    std::vector<bf16> out = y.host();
+    const buffer<bf16> y(e.tokens * c.heads * c.P), q(e.tokens * c.N), k(e.tokens * c.N),
+        x(e.tokens * c.heads * c.P), dt(e.tokens * c.heads);
+    const buffer<float> a(c.heads);
+    cuda::ssd_gradients<bf16> g;
+    g.q = dense(q.data, std::array<index_t, 3>{e.tokens, 1, c.N});
+    g.k = dense(k.data, std::array<index_t, 3>{e.tokens, 1, c.N});
+    g.x = dense(x.data, rows);
+    g.dt = dense(dt.data, std::array<index_t, 2>{e.tokens, c.heads});
+    g.a = dense(a.data, std::array<index_t, 1>{c.heads});
+    cuda::ssd_forward(nullptr, device.p, dense(y.data, rows), device.io, work.data);
+    cuda::ssd_backward(nullptr, device.p, dense<const bf16>(y.data, rows), device.io, g, back.data);
+    std::vector<char> out;
+    const auto append = [&](const auto& b) {
+      const auto values = b.host();
+      const auto* bytes = reinterpret_cast<const char*>(values.data());
+      out.insert(out.end(), bytes, bytes + values.size() * sizeof(values[0]));
+    };
+    append(y), append(q), append(k), append(x), append(dt), append(a);
     if (i == 0) first = out;
-    if (std::memcmp(first.data(), out.data(), out.size() * sizeof(bf16)) != 0) {
+    if (first != out) {
       std::printf("%s: run %d differs  FAILED\n", c.name, i);
       failed = true;
       return;
     }
   }
-  std::printf("%-34s bf16  20 runs  ok\n", c.name);
+  std::printf("%-34s bf16  20 runs, forward and backward  ok\n", c.name);
 }
 
-int run() {
-  check_all();
+/// `quick`: small sizes and no timing, as a checker of memory wants it.
+int run(bool quick) {
+  check_all(quick);
+  if (quick) return failed ? 1 : 0;
   check_bits();
   cudaStream_t stream;
   SSMLIB_CHECK_CUDA(cudaStreamCreate(&stream));
@@ -666,14 +684,14 @@ int run() {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::printf("ssd_check needs a CUDA device and found none\n");
     return 2;
   }
   try {
-    return run();
+    return run(argc > 1 && std::strcmp(argv[1], "quick") == 0);
   } catch (const std::exception& e) {
     std::printf("%s\n", e.what());
     return 1;

@@ -56,11 +56,14 @@ SSMLIB_DEVICE float power_of_two(float x) {
 /// The decays of one chunk of one lane. Lambda is the sum of log2 decays up to a token; a decay
 /// below 2^-256 counts as that, which is zero in float.
 struct __align__(16) ssd_chunk_decays {
-  float2 sum_and_weight[64];  // Lambda, alpha * weight; weight 0 past the end
-  float start[64];            // alpha * 2^Lambda
-  std::uint32_t end[32];      // weight * 2^(total - Lambda), pairs of bf16
-  float total;                // 2^total
-  float padding[3];
+  float lambda[64];
+  float shifted[64];      // Lambda - log2 |alpha * weight|; infinite past the end
+  float sign[64];         // of alpha * weight
+  float start[64];        // alpha * 2^Lambda
+  std::uint32_t end[32];  // weight * 2^(total - Lambda), pairs of bf16
+  float total;            // 2^total
+  int has_negative;       // whether any sign is
+  float padding[2];
 
   /// A warp; lane l has loaded tokens 2 l and 2 l + 1, of which `n` are left in the sequence.
   SSMLIB_DEVICE void set(const ssd_steps<bf16>& steps, const ssd_raw_step<bf16>(&loaded)[2], int n,
@@ -86,7 +89,13 @@ struct __align__(16) ssd_chunk_decays {
     float before = __shfl_up_sync(0xffffffffu, sum, 1);
     if (lane == 0) before = 0.0f;
     const float first = before + log_a[0];
-    reinterpret_cast<float4*>(sum_and_weight)[lane] = {first, alpha * w[0], sum, alpha * w[1]};
+    const float2 weight{alpha * w[0], alpha * w[1]};
+    reinterpret_cast<float2*>(lambda)[lane] = {first, sum};
+    reinterpret_cast<float2*>(shifted)[lane] = {first - __log2f(fabsf(weight.x)),
+                                                sum - __log2f(fabsf(weight.y))};
+    reinterpret_cast<float2*>(sign)[lane] = {copysignf(1.0f, weight.x), copysignf(1.0f, weight.y)};
+    const bool any = __any_sync(0xffffffffu, weight.x < 0.0f || weight.y < 0.0f);
+    if (lane == 0) has_negative = any;
     reinterpret_cast<float2*>(start)[lane] = {alpha * power_of_two(first),
                                               alpha * power_of_two(sum)};
     end[lane] = pack_bf16(w[0] * power_of_two(all - first), w[1] * power_of_two(all - sum));
@@ -293,21 +302,25 @@ SSMLIB_DEVICE void ssd_store_state(const float (&state)[N / 2], float* to, index
 SSMLIB_DEVICE void ssd_mix(const float (&scores)[32], const ssd_chunk_decays& decays, float d,
                            int warp, int lane, std::uint32_t panel) {
   const int t = lane % 4;
+  const bool has_negative = decays.has_negative != 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int block = half == 0 ? warp : 7 - warp, i = 8 * block + lane / 4;
-    const float sum = decays.sum_and_weight[i].x;
+    const float sum = decays.lambda[i];
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       if (b > block / 2) continue;
       float m[4];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float4 w =
-            reinterpret_cast<const float4*>(decays.sum_and_weight)[4 * (2 * b + e) + t];
-        const int at = 4 * (2 * b + e) + 2 * half;
-        m[2 * e] = scores[at] * (power_of_two(sum - w.x) * w.y);
-        m[2 * e + 1] = scores[at + 1] * (power_of_two(sum - w.z) * w.w);
+        const int pair = 4 * (2 * b + e) + t, at = 4 * (2 * b + e) + 2 * half;
+        const float2 from = reinterpret_cast<const float2*>(decays.shifted)[pair];
+        m[2 * e] = scores[at] * power_of_two(sum - from.x);
+        m[2 * e + 1] = scores[at + 1] * power_of_two(sum - from.y);
+        if (has_negative) {
+          const float2 sign = reinterpret_cast<const float2*>(decays.sign)[pair];
+          m[2 * e] *= sign.x, m[2 * e + 1] *= sign.y;
+        }
       }
       if (b == block / 2) {
 #pragma unroll
