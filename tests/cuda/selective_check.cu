@@ -2,7 +2,6 @@
 // Exit status 0: all pass, 1: a failure, 2: no device.
 
 #include "check.cuh"
-
 #include <ssmlib/kernels/cuda/selective.cuh>
 
 using namespace ssm;
@@ -15,9 +14,14 @@ struct shape_case {
   const char* name;
   std::vector<index_t> lengths;  // of the sequences
   index_t channels, states, b_groups, c_groups;
-  bool gate, skip, bias, soft, initial, ragged, slices, add;
-  index_t segments;
-  bool checkpoints;
+  // g gate, s skip, b bias, p softplus, i initial states, r ragged offsets, l slices of larger
+  // rows, a gradients are added, k states are kept by the forward pass
+  std::string with;
+  index_t segments = 0, warp_channels = 0;
+
+  [[nodiscard]] bool has(char c) const { return with.find(c) != std::string::npos; }
+  bool gate = has('g'), skip = has('s'), bias = has('b'), soft = has('p'), initial = has('i'),
+       ragged = has('r'), slices = has('l'), add = has('a'), checkpoints = has('k');
 };
 
 /// The operands of a case on the host, as the device has them after rounding.
@@ -121,7 +125,8 @@ struct device_case {
     const index_t D = s.channels, N = s.states, n = s.lengths.size(), pad = s.slices ? 3 : 0;
     dt = rows_buffer<T>(tokens, D, pad), u = rows_buffer<T>(tokens, D, pad);
     gate = rows_buffer<T>(tokens, D, pad), dy = rows_buffer<T>(tokens, D, pad);
-    b = rows_buffer<T>(tokens, s.b_groups * N, pad), c = rows_buffer<T>(tokens, s.c_groups * N, pad);
+    b = rows_buffer<T>(tokens, s.b_groups * N, pad),
+    c = rows_buffer<T>(tokens, s.c_groups * N, pad);
     a = rows_buffer<R>(D, N), skip = rows_buffer<R>(1, D), bias = rows_buffer<R>(1, D);
     initial = rows_buffer<R>(n, D * N), d_final = rows_buffer<R>(n, D * N);
     dt.fill_device(seed, s.soft ? -4 : 0.001, s.soft ? 1 : 0.1), u.fill_device(seed + 1, -1, 1);
@@ -170,7 +175,7 @@ void check(table& results, const shape_case& s) {
       r->set(1);
   }
   buffer<R> kept(s.checkpoints ? selective_checkpoint_size(p) : 0);
-  const selective_options options{s.segments};
+  const selective_options options{s.segments, s.warp_channels};
   buffer<unsigned char> w1(selective_forward_workspace_bytes(p, options));
   buffer<unsigned char> w2(selective_backward_workspace_bytes(p, options));
   w1.poison(), w2.poison(), kept.poison();
@@ -205,8 +210,8 @@ void check(table& results, const shape_case& s) {
 
 void time_shape(index_t sequences, index_t length, index_t channels, bool gate, double copy) {
   using T = bf16;
-  const shape_case s{"", std::vector<index_t>(sequences, length), channels, 16, 1, 1, gate, true,
-                     true, true, false, false, false, false, 0, false};
+  const shape_case s{
+      "", std::vector<index_t>(sequences, length), channels, 16, 1, 1, gate ? "gsbp" : "sbp"};
   device_case<T> dev(s, nullptr, 3);
   const index_t tokens = sequences * length;
   rows_buffer<T> y(tokens, channels), d_dt(tokens, channels), d_u(tokens, channels);
@@ -220,17 +225,28 @@ void time_shape(index_t sequences, index_t length, index_t channels, bool gate, 
                            d_skip.data(),         d_bias.data()};
   if (gate) d.gate = d_z.mutable_matrix();
   const double bytes = 2.0 * tokens * channels * (gate ? 4 : 3);
-  const double floor = std::max(bytes / copy, 16.0 * tokens * channels / (132 * 16 * 1.755e9)) * 1e3;
-  const auto forward = [&](cudaStream_t stream, float* keep, index_t segments) {
-    selective_forward<T>(stream, dev.p, y.mutable_matrix(), {}, keep, w1.data(), {segments});
+  const double floor =
+      std::max(bytes / copy, 16.0 * tokens * channels / (132 * 16 * 1.755e9)) * 1e3;
+  const auto forward = [&](cudaStream_t stream, float* keep, index_t segments,
+                           index_t warp_channels = 0) {
+    selective_forward<T>(stream, dev.p, y.mutable_matrix(), {}, keep, w1.data(),
+                         {segments, warp_channels});
   };
   const auto backward = [&](cudaStream_t stream, const float* keep, index_t segments) {
     selective_backward<T>(stream, dev.p, dev.dy.matrix(), {}, keep, d, w2.data(), {segments});
   };
   const double f = median_ms([&](cudaStream_t q) { forward(q, nullptr, 0); });
   const double k = median_ms([&](cudaStream_t q) { forward(q, kept.data(), 0); });
-  const double whole = median_ms([&](cudaStream_t q) { forward(q, nullptr, 1); });
-  const double cut = median_ms([&](cudaStream_t q) { forward(q, nullptr, 8); });
+  std::string ways;
+  for (const auto& [segments, channels] :
+       std::vector<std::pair<index_t, index_t>>{{1, 16}, {4, 16}, {8, 16}, {1, 8}}) {
+    const index_t s = segments, c = channels;
+    const double ms = median_ms([&](cudaStream_t q) { forward(q, nullptr, s, c); });
+    char text[64];
+    std::snprintf(text, sizeof text, " %lldx%lld %.3f", static_cast<long long>(s),
+                  static_cast<long long>(c), ms);
+    ways += text;
+  }
   const double b = median_ms([&](cudaStream_t q) { backward(q, kept.data(), 0); });
   const double r = median_ms([&](cudaStream_t q) { backward(q, nullptr, 0); });
   const auto checksum = [&] {
@@ -248,10 +264,10 @@ void time_shape(index_t sequences, index_t length, index_t channels, bool gate, 
   for (int i = 0; i < 5; ++i)
     same = same && first == checksum();
   std::printf(
-      "scan b%lld T%lld D%lld N16%s: fwd %.3f (floor %.3f) fwd+keep %.3f whole %.3f cut8 %.3f | bwd "
+      "scan b%lld T%lld D%lld N16%s: fwd %.3f (floor %.3f) fwd+keep %.3f, cuts x channels%s | bwd "
       "%.3f bwd without kept %.3f | fwd+bwd %.3f / %.3f ms, repeats %s\n",
       static_cast<long long>(sequences), static_cast<long long>(length),
-      static_cast<long long>(channels), gate ? " gate" : "", f, floor, k, whole, cut, b, r, k + b,
+      static_cast<long long>(channels), gate ? " gate" : "", f, floor, k, ways.c_str(), b, r, k + b,
       f + r, same ? "same bits" : "DIFFER");
   if (!same) failed = true;
 }
@@ -268,22 +284,23 @@ std::vector<index_t> random_lengths(index_t n, index_t longest) {
 int main() {
   if (!have_device()) return 2;
   table results;
-  //                name lengths D N Gb Gc gate skip bias soft init ragged slices add seg kept
   const std::vector<shape_case> cases{
-      {"plain", {100, 100}, 96, 16, 1, 1, false, false, false, false, false, false, false, false, 0, true},
-      {"full", {77, 77, 77}, 112, 16, 1, 1, true, true, true, true, true, false, false, false, 0, true},
-      {"ragged", random_lengths(9, 70), 72, 16, 2, 1, true, true, true, true, true, true, false, false, 0, false},
-      {"slices", {33, 1, 0, 50}, 42, 16, 2, 2, true, true, true, true, true, true, true, true, 0, true},
-      {"odd", {40, 3}, 37, 13, 1, 1, true, true, true, true, true, true, false, false, 1, true},
-      {"cut", {700, 129, 0, 300}, 64, 16, 1, 2, true, true, true, true, true, true, false, false, 4, false},
-      {"cut, kept", {1000}, 64, 16, 1, 1, true, true, true, true, true, false, false, false, 0, true},
-      {"wide", {300}, 4096, 16, 1, 1, true, true, true, true, true, false, false, false, 0, true},
-      {"many", std::vector<index_t>(70001, 2), 4, 16, 1, 1, false, true, true, true, true, false, false, false, 0, false},
-      {"N 64", {100, 31}, 40, 64, 1, 1, true, true, true, true, true, true, false, false, 0, true},
-      {"N 24", {100, 31}, 3000, 24, 1, 1, true, true, true, true, true, true, false, false, 0, false},
-      {"N 256", {40, 21}, 2600, 256, 1, 2, true, true, true, true, true, true, false, false, 0, true},
-      {"N 100", {300}, 7, 100, 1, 7, false, true, true, true, true, true, false, false, 2, false},
-      {"T 2^20+1", {(1 << 20) + 1}, 4, 16, 1, 1, true, true, true, true, true, false, false, false, 0, false},
+      {"plain", {100, 100}, 96, 16, 1, 1, "k"},
+      {"full", {77, 77, 77}, 112, 16, 1, 1, "gsbpik"},
+      {"ragged", random_lengths(9, 70), 72, 16, 2, 1, "gsbpir"},
+      {"slices", {33, 1, 0, 50}, 42, 16, 2, 2, "gsbpirlak"},
+      {"odd", {40, 3}, 37, 13, 1, 1, "gsbpirk", 1},
+      {"cut", {700, 129, 0, 300}, 64, 16, 1, 2, "gsbpir", 4},
+      {"cut, kept", {1000}, 64, 16, 1, 1, "gsbpik"},
+      {"8 a warp", {300, 49, 0, 16, 31}, 72, 16, 1, 2, "gsbpirk", 2, 8},
+      {"16 a warp", {300, 49, 0, 16, 31}, 72, 16, 1, 2, "gsbpirk", 3, 16},
+      {"wide", {300}, 4096, 16, 1, 1, "gsbpik"},
+      {"many", std::vector<index_t>(70001, 2), 4, 16, 1, 1, "sbpi"},
+      {"N 64", {100, 31}, 40, 64, 1, 1, "gsbpirk"},
+      {"N 24", {100, 31}, 3000, 24, 1, 1, "gsbpir"},
+      {"N 256", {40, 21}, 2600, 256, 1, 2, "gsbpirk"},
+      {"N 100", {300}, 7, 100, 1, 7, "sbpir", 2},
+      {"T 2^20+1", {(1 << 20) + 1}, 4, 16, 1, 1, "gsbpi"},
   };
   for (const auto& s : cases) {
     if (s.lengths[0] < 100000) check<double>(results, s);

@@ -16,7 +16,7 @@ namespace detail {
 
 /// How warps share the work. Where channels are few, lanes take fewer states each and warps fewer
 /// channels, which costs more traffic with shared memory.
-enum class scan_layout { wide, narrow, states_64, states_256 };
+enum class scan_layout { wide, medium, states_64, states_256 };
 
 /// f.operator()<Own, Lanes>()
 template <class F>
@@ -24,8 +24,8 @@ void with_scan_layout(scan_layout layout, F f) {
   switch (layout) {
     case scan_layout::wide:
       return f.template operator()<4, 4>();
-    case scan_layout::narrow:
-      return f.template operator()<1, 16>();
+    case scan_layout::medium:
+      return f.template operator()<2, 8>();
     case scan_layout::states_64:
       return f.template operator()<4, 16>();
     case scan_layout::states_256:
@@ -52,13 +52,17 @@ struct vjp_plan {
   switch (layout) {
     case scan_layout::wide:
       return 16;
+    case scan_layout::medium:
+      return 8;
     case scan_layout::states_256:
       return 2;
     default:
       return 4;
   }
 }
-[[nodiscard]] inline index_t divide_up(index_t n, index_t step) { return (n + step - 1) / step; }
+[[nodiscard]] inline index_t divide_up(index_t n, index_t step) {
+  return (n + step - 1) / step;
+}
 
 template <class T>
 [[nodiscard]] index_t groups_of(const selective_problem<T>& p) {
@@ -69,7 +73,8 @@ template <class T>
 inline void cut_time(index_t max_length, index_t units, index_t wanted, index_t forced,
                      index_t& segments, index_t& length) {
   segments = forced;
-  if (segments <= 0) segments = std::min(divide_up(wanted, std::max<index_t>(units, 1)), max_length / 256);
+  if (segments <= 0)
+    segments = std::min(divide_up(wanted, std::max<index_t>(units, 1)), max_length / 256);
   segments = std::max<index_t>(1, segments);
   length = std::max<index_t>(scan_tokens, round_up(divide_up(max_length, segments), scan_tokens));
   segments = std::max<index_t>(1, divide_up(max_length, length));
@@ -79,18 +84,21 @@ inline constexpr index_t wanted_warps = 1024;
 inline constexpr index_t wanted_blocks = 512;
 
 template <class T>
-[[nodiscard]] scan_plan plan_scan(const selective_problem<T>& p, index_t forced) {
+[[nodiscard]] scan_plan plan_scan(const selective_problem<T>& p, const selective_options& options) {
   scan_plan plan{layout_for(p.states()), 1, 0};
   const index_t groups = groups_of(p), channels = p.channels() / groups;
-  const auto warps = [&] {
-    return p.sequences * groups * divide_up(channels, layout_channels(plan.layout));
+  const auto warps = [&](scan_layout layout) {
+    return p.sequences * groups * divide_up(channels, layout_channels(layout));
   };
-  if (plan.layout == scan_layout::wide && warps() < wanted_warps) {
-    plan.layout = scan_layout::narrow;
-    if (warps() < wanted_warps && forced != 1) plan.layout = scan_layout::wide;
+  if (plan.layout == scan_layout::wide) {
+    // Cuts of time fill the device better than small warps do, where they are allowed.
+    const bool few = warps(scan_layout::wide) < wanted_warps && options.segments == 1;
+    const bool medium = options.warp_channels > 0 ? options.warp_channels < 16 : few;
+    if (medium) plan.layout = scan_layout::medium;
   }
-  cut_time(p.max_length, warps(), plan.layout == scan_layout::narrow ? 1 : wanted_warps, forced,
-           plan.segments, plan.segment_length);
+  const index_t wanted = plan.layout == scan_layout::medium ? 1 : wanted_warps;
+  cut_time(p.max_length, warps(plan.layout), wanted, options.segments, plan.segments,
+           plan.segment_length);
   return plan;
 }
 
@@ -99,17 +107,18 @@ template <class T>
   vjp_plan plan{};
   plan.layout = layout_for(p.states());
   const index_t groups = groups_of(p), channels = p.channels() / groups;
-  plan.padded_states = plan.layout == scan_layout::wide ? 16
+  plan.padded_states = plan.layout == scan_layout::wide        ? 16
                        : plan.layout == scan_layout::states_64 ? 64
-                                                                : 256;
+                                                               : 256;
   plan.warps = plan.padded_states < 256 ? 4 : sizeof(accum_t<T>) == 8 ? 1 : 2;
   const index_t pass_channels = layout_channels(plan.layout) * plan.warps;
   // Several passes keep the blocks' shares of d b and d c as small as they are for 16 states.
   const index_t most = std::min(divide_up(4 * plan.padded_states, pass_channels),
                                 divide_up(channels, pass_channels));
   const index_t filling = p.sequences * p.channels() / (pass_channels * 264);
-  plan.passes =
-      plan.layout == scan_layout::wide ? 1 : std::clamp<index_t>(filling, 1, std::max<index_t>(most, 1));
+  plan.passes = plan.layout == scan_layout::wide
+                    ? 1
+                    : std::clamp<index_t>(filling, 1, std::max<index_t>(most, 1));
   plan.tiles = groups * divide_up(channels, pass_channels * plan.passes);
   cut_time(p.max_length, p.sequences * plan.tiles, wanted_blocks, forced, plan.segments,
            plan.segment_length);
@@ -185,9 +194,8 @@ void check_selective(const char* name, const selective_problem<T>& p) {
                         index_t inner) {
     if (have_tokens == tokens && have_width == width && (inner == 1 || width <= 1)) return;
     fail(std::string(operand) + " is (" + std::to_string(have_tokens) + " x .. x " +
-         std::to_string(have_width) + ") with inner stride " + std::to_string(inner) +
-         "; wanted " + std::to_string(tokens) + " rows of " + std::to_string(width) +
-         " neighbours");
+         std::to_string(have_width) + ") with inner stride " + std::to_string(inner) + "; wanted " +
+         std::to_string(tokens) + " rows of " + std::to_string(width) + " neighbours");
   };
   rows("dt", tokens, channels, channels, p.dt.strides[1]);
   rows("u", p.u.extents[0], p.u.extents[1], channels, p.u.strides[1]);
@@ -196,6 +204,9 @@ void check_selective(const char* name, const selective_problem<T>& p) {
   rows("c", p.c.extents[0], p.c.extents[2], states, p.c.strides[2]);
   if (p.a.extents[0] != channels) {
     fail("a has " + std::to_string(p.a.extents[0]) + " rows; wanted " + std::to_string(channels));
+  }
+  if (p.max_length > 0x7fffffff - 64) {
+    fail(std::to_string(p.max_length) + " tokens in a sequence; wanted at most 2147483583");
   }
   if (p.offsets == nullptr && p.sequences * p.max_length != tokens) {
     fail(std::to_string(p.sequences) + " sequences of " + std::to_string(p.max_length) +
@@ -206,8 +217,8 @@ void check_selective(const char* name, const selective_problem<T>& p) {
 template <class T>
 [[nodiscard]] selective_arguments<T> arguments_of(const selective_problem<T>& p, index_t segments,
                                                   index_t length) {
-  selective_arguments<T> o{p,      groups_of(p), 0,     segments,
-                           length, false,        false, p.channels(), p.states()};
+  selective_arguments<T> o{p,     groups_of(p), 0,         segments, length, false,
+                           false, p.channels(), p.states()};
   o.group_channels = p.channels() / o.groups;
   const auto pairs = [](const auto& v) {
     return v.data == nullptr || rows_are_aligned(v.data, v.strides[0], 2);
@@ -240,7 +251,7 @@ template <scan_mode Mode, class T>
 void launch_scan(cudaStream_t stream, scan_layout which, const selective_arguments<T>& o,
                  const scan_targets<T>& to) {
   with_scan_layout(which, [&]<int Own, int Lanes>() {
-    using layout = lane_layout<Own, Lanes>;
+    using layout = lane_layout<Own, Lanes, tile_tokens<Own>>;
     constexpr int warps = scan_warps(layout::states);
     constexpr std::size_t bytes = warps * sizeof(scan_memory<Own, Lanes, Mode, accum_t<T>>);
     const auto kernel = selective_scan_kernel<T, Own, Lanes, Mode>;
@@ -255,12 +266,12 @@ void launch_scan(cudaStream_t stream, scan_layout which, const selective_argumen
 
 template <class T>
 void join_segments(cudaStream_t stream, const selective_arguments<T>& o,
-                   const segment_states<accum_t<T>>& s,
-                   const view<const accum_t<T>, 3>& initial, bool reversed) {
+                   const segment_states<accum_t<T>>& s, const view<const accum_t<T>, 3>& initial,
+                   bool reversed) {
   const index_t count = o.p.sequences * o.p.channels() * o.p.states();
   if (count == 0) return;
-  join_segments_kernel<T><<<grid_of(divide_up(count, 256)), 256, 0, stream>>>(
-      o, s.ends, s.sums, initial, reversed);
+  join_segments_kernel<T>
+      <<<grid_of(divide_up(count, 256)), 256, 0, stream>>>(o, s.ends, s.sums, initial, reversed);
   SSMLIB_CHECK_CUDA(cudaGetLastError());
 }
 
@@ -309,7 +320,7 @@ void launch_vjp(cudaStream_t stream, const vjp_plan& plan, const selective_argum
     case scan_layout::states_64:
       return gated.template operator()<4, 16, 4>();
     case scan_layout::states_256:
-      return gated.template operator()<8, 32, sizeof(accum_t<T>) == 8 ? 1 : 2>();
+      return gated.template operator() < 8, 32, sizeof(accum_t<T>) == 8 ? 1 : 2 > ();
     default:
       return gated.template operator()<4, 4, 4>();
   }
@@ -331,7 +342,7 @@ template <class T>
 std::size_t selective_forward_workspace_bytes(const selective_problem<T>& p,
                                               const selective_options& o) {
   detail::workspace_cutter w(nullptr);
-  (void)detail::segment_states<accum_t<T>>::take(w, p, detail::plan_scan(p, o.segments).segments);
+  (void)detail::segment_states<accum_t<T>>::take(w, p, detail::plan_scan(p, o).segments);
   return w.used();
 }
 
@@ -349,7 +360,7 @@ void selective_forward(cudaStream_t stream, const selective_problem<T>& p, view<
                        const selective_options& options) {
   if (p.channels() == 0 || p.sequences == 0) return;
   detail::check_selective("selective_forward", p);
-  const auto plan = detail::plan_scan(p, options.segments);
+  const auto plan = detail::plan_scan(p, options);
   auto o = detail::arguments_of(p, plan.segments, plan.segment_length);
   o.paired = o.paired && rows_are_aligned(y.data, y.strides[0], 2);
   detail::workspace_cutter w(workspace);
@@ -414,22 +425,19 @@ void selective_backward(cudaStream_t stream, const selective_problem<T>& p, view
   detail::launch_state_sums(stream, plan, p, s.state_parts, 1, d.c, d.add);
 }
 
-#define SSMLIB_DETAIL_LIST(T)                                                                      \
-  SSMLIB_INSTANTIATE(cuda_selective,                                                               \
-                     std::size_t selective_forward_workspace_bytes<T>(const selective_problem<T>&, \
-                                                                      const selective_options&));  \
-  SSMLIB_INSTANTIATE(                                                                              \
-      cuda_selective, std::size_t selective_backward_workspace_bytes<T>(                           \
-                          const selective_problem<T>&, const selective_options&));                 \
-  SSMLIB_INSTANTIATE(                                                                              \
-      cuda_selective,                                                                              \
-      void selective_forward<T>(cudaStream_t, const selective_problem<T>&, view<T, 2>,             \
-                                view<accum_t<T>, 3>, accum_t<T>*, void*,                           \
-                                const selective_options&));                                        \
-  SSMLIB_INSTANTIATE(                                                                              \
-      cuda_selective,                                                                              \
-      void selective_backward<T>(cudaStream_t, const selective_problem<T>&, view<const T, 2>,      \
-                                 view<const accum_t<T>, 3>, const accum_t<T>*,                     \
+#define SSMLIB_DETAIL_LIST(T)                                                                     \
+  SSMLIB_INSTANTIATE(cuda_selective, std::size_t selective_forward_workspace_bytes<T>(            \
+                                         const selective_problem<T>&, const selective_options&)); \
+  SSMLIB_INSTANTIATE(cuda_selective, std::size_t selective_backward_workspace_bytes<T>(           \
+                                         const selective_problem<T>&, const selective_options&)); \
+  SSMLIB_INSTANTIATE(cuda_selective,                                                              \
+                     void selective_forward<T>(cudaStream_t, const selective_problem<T>&,         \
+                                               view<T, 2>, view<accum_t<T>, 3>, accum_t<T>*,      \
+                                               void*, const selective_options&));                 \
+  SSMLIB_INSTANTIATE(                                                                             \
+      cuda_selective,                                                                             \
+      void selective_backward<T>(cudaStream_t, const selective_problem<T>&, view<const T, 2>,     \
+                                 view<const accum_t<T>, 3>, const accum_t<T>*,                    \
                                  const selective_gradients<T>&, void*, const selective_options&))
 SSMLIB_DETAIL_LIST(bf16);
 SSMLIB_DETAIL_LIST(float);

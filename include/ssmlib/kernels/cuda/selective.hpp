@@ -3,8 +3,9 @@
 #include <ssmlib/base/types.hpp>
 #include <ssmlib/tensor/view.hpp>
 
-#include <cstddef>
 #include <cuda_runtime_api.h>
+
+#include <cstddef>
 
 /// @file
 /// The selective scan of Mamba-1 on CUDA. For channel c, state n and token t of a sequence,
@@ -21,16 +22,16 @@ namespace ssm::kernels::cuda {
 template <class T>
 struct selective_problem {
   using real = accum_t<T>;
-  view<const T, 2> dt;           ///< (tokens, D)
-  view<const real, 2> a;         ///< (D, N)
-  view<const T, 3> c;            ///< (tokens, Gc, N)
-  view<const T, 3> b;            ///< (tokens, Gb, N); one of Gc, Gb divides the other
-  view<const T, 2> u;            ///< (tokens, D)
-  view<const T, 2> gate{};       ///< (tokens, D), or absent
-  const real* skip = nullptr;    ///< (D), or absent
+  view<const T, 2> dt;            ///< (tokens, D)
+  view<const real, 2> a;          ///< (D, N)
+  view<const T, 3> c;             ///< (tokens, Gc, N)
+  view<const T, 3> b;             ///< (tokens, Gb, N); one of Gc, Gb divides the other
+  view<const T, 2> u;             ///< (tokens, D)
+  view<const T, 2> gate{};        ///< (tokens, D), or absent
+  const real* skip = nullptr;     ///< (D), or absent
   const real* dt_bias = nullptr;  ///< (D), or absent
   bool softplus = true;
-  view<const real, 3> initial{};      ///< (sequences, D, N), or absent: zero
+  view<const real, 3> initial{};     ///< (sequences, D, N), or absent: zero
   const index_t* offsets = nullptr;  ///< sequences + 1 tokens, on the device; null: rectangular
   index_t sequences = 0;
   index_t max_length = 0;  ///< tokens of the longest sequence; of each one where offsets is null
@@ -60,6 +61,9 @@ struct selective_gradients {
 /// 0: as many as fill the device. 1: a token's bits do not depend on the length of its sequence.
 struct selective_options {
   index_t segments = 0;
+  /// Channels of a warp of the forward pass with up to 16 states, 16 or 8. With 8 there are more
+  /// warps and more traffic with shared memory. 0: chosen by the sizes.
+  index_t warp_channels = 0;
 };
 
 /// Tokens between the states that a forward pass may keep for the backward pass.

@@ -52,15 +52,16 @@ SSMLIB_DEVICE token_range range_of(const selective_arguments<T>& o, index_t unit
   return r;
 }
 
-/// How the lanes of a warp share channels and states.
-template <int Own, int Lanes>
+/// How the lanes of a warp share channels and states, in tiles of Tokens.
+template <int Own, int Lanes, int Tokens = scan_tokens>
 struct lane_layout {
+  static constexpr int tokens = Tokens;
   static constexpr int states = Own * Lanes;
-  static constexpr int pairs = 32 / Lanes;     // of channels
+  static constexpr int pairs = 32 / Lanes;  // of channels
   static constexpr int channels = 2 * pairs;
   // Pairs of channels of one tile of tokens that a lane turns into steps: always the same
   // channels, at tokens `pairs` lanes apart.
-  static constexpr int items = scan_tokens / Lanes > 0 ? scan_tokens / Lanes : 1;
+  static constexpr int items = Tokens / Lanes > 0 ? Tokens / Lanes : 1;
   static constexpr int item_step = 32 / pairs;  // tokens
 
   int lane = static_cast<int>(threadIdx.x % 32);
@@ -137,17 +138,18 @@ SSMLIB_DEVICE void store_strided(const R (&from)[2][Own], index_t channel_stride
     }
 }
 
-/// Rows [begin, begin + scan_tokens) of b or c, widened, padded with zeros to States numbers.
-template <int States, int Threads, class T>
+/// A tile's rows of b or c, widened, padded with zeros to States numbers.
+template <int States, int Tokens, int Threads, class T>
 class state_rows {
  public:
   using real = accum_t<T>;
-  static constexpr int quads = scan_tokens * States / 4;
+  static constexpr int quads = Tokens * States / 4;
   static constexpr int share = (quads + Threads - 1) / Threads;
   static constexpr bool held = share <= 4;  // in registers, ahead of their use
 
   struct source {
-    const T* from;  // the first row
+    const T* from;  // row `first`
+    int first;
     index_t stride;
     int tokens, states;  // that exist
     bool aligned;
@@ -185,7 +187,7 @@ class state_rows {
   SSMLIB_DEVICE static packed_t<T, 4> quad(const source& s, int i) {
     const int t = i / (States / 4), n = i % (States / 4) * 4;
     const bool valid = i < quads && t < s.tokens && n < s.states;
-    const T* p = s.from + t * s.stride + n;
+    const T* p = s.from + (t - s.first) * s.stride + n;
     if constexpr (Aligned) {
       packed_t<T, 4> x{};
       if (valid) x = *reinterpret_cast<const packed_t<T, 4>*>(p);
@@ -248,29 +250,35 @@ struct scan_targets {
   view<const T, 2> dy{};         // reversed
 };
 
+/// Tokens of a tile: where warps have few channels, more of them, for less to do a tile.
+template <int Own>
+inline constexpr int tile_tokens = Own < 4 ? 2 * scan_tokens : scan_tokens;
+
 template <int Own, int Lanes, scan_mode Mode, class R>
 struct scan_memory {
-  using layout = lane_layout<Own, Lanes>;
+  using layout = lane_layout<Own, Lanes, tile_tokens<Own>>;
   static constexpr int y_row = 2 * Lanes + 2;  // padded: reads of rows meet every bank once
   static constexpr bool outputs = Mode == scan_mode::outputs;
 
-  numbers<R, 4> steps[scan_tokens * layout::pairs];  // delta, delta, input, input
-  R first[scan_tokens * layout::states];             // b, or c where time runs back
-  R second[outputs ? scan_tokens * layout::states : 4];
-  R y[outputs ? scan_tokens * layout::pairs * y_row : 4];
+  numbers<R, 4> steps[layout::tokens * layout::pairs];  // delta, delta, input, input
+  R first[layout::tokens * layout::states];             // b, or c where time runs back
+  R second[outputs ? layout::tokens * layout::states : 4];
+  R y[outputs ? layout::tokens * layout::pairs * y_row : 4];
 };
 
-inline constexpr int scan_warps(int states) { return states > 64 ? 2 : 4; }
+inline constexpr int scan_warps(int states) {
+  return states > 64 ? 2 : 4;
+}
 /// Blocks a multiprocessor, for the registers.
 template <int Own, int Lanes, class T>
-inline constexpr int scan_blocks = Own * Lanes > 16 || sizeof(T) == 8 ? 1 : 4;
+inline constexpr int scan_blocks = Own* Lanes > 16 || sizeof(T) == 8 ? 1 : 3;
 
 template <class T, int Own, int Lanes, scan_mode Mode>
 __global__ void __launch_bounds__(scan_warps(Own* Lanes) * 32, scan_blocks<Own, Lanes, T>)
     selective_scan_kernel(const __grid_constant__ selective_arguments<T> o,
                           const __grid_constant__ scan_targets<T> to) {
   using R = accum_t<T>;
-  using layout = lane_layout<Own, Lanes>;
+  using layout = lane_layout<Own, Lanes, tile_tokens<Own>>;
   using memory = scan_memory<Own, Lanes, Mode, R>;
   constexpr bool outputs = Mode == scan_mode::outputs, reversed = Mode == scan_mode::reversed;
   constexpr int items = layout::items, states = layout::states;
@@ -284,6 +292,7 @@ __global__ void __launch_bounds__(scan_warps(Own* Lanes) * 32, scan_blocks<Own, 
   if (id >= o.units() * tiles) return;
   const token_range r = range_of(o, id / tiles);
   if (r.begin == r.end && !r.last && to.ends == nullptr) return;
+  if (to.ends && r.segment == (reversed ? 0 : o.segments - 1)) return;  // nothing starts from it
   const channel_range range = channels_of(o, id % tiles, layout::channels);
   const index_t N = o.states, D = o.channels;
   const index_t channel = range.begin + 2 * at.pair;
@@ -316,41 +325,40 @@ __global__ void __launch_bounds__(scan_warps(Own* Lanes) * 32, scan_blocks<Own, 
   }
   R sums[2] = {};
 
-  const index_t tokens = r.end - r.begin, chunks = (tokens + scan_tokens - 1) / scan_tokens;
+  constexpr int tile = layout::tokens;
+  const int tokens = static_cast<int>(r.end - r.begin), chunks = (tokens + tile - 1) / tile;
   // Pointers to a lane's first item of the first tile, then of each next one.
-  const index_t t0 = r.begin + (reversed ? max(chunks - 1, index_t{0}) * scan_tokens : 0);
+  const index_t t0 = r.begin + (reversed ? max(chunks - 1, 0) * tile : 0);
   const auto first_item = [&](const view<const T, 2>& rows) {
     return rows.data + (t0 + at.item_token) * rows.strides[0] + item_channel;
   };
   const view<const T, 2>& inputs = reversed ? to.dy : o.p.u;
   const view<const T, 3>& weights = reversed ? o.p.c : o.p.b;
-  constexpr index_t tile_step = reversed ? -scan_tokens : scan_tokens;
+  constexpr index_t tile_step = reversed ? -tile : tile;
   const index_t dt_stride = o.p.dt.strides[0], in_stride = inputs.strides[0];
   const index_t gate_stride = o.p.gate.strides[0], y_stride = to.y.strides[0];
   const T *dt_item = first_item(o.p.dt), *in_item = first_item(inputs);
   const T* gate_item = o.p.gate.data ? first_item(o.p.gate) : nullptr;
   T* y_item = outputs ? to.y.data + (t0 + at.item_token) * y_stride + item_channel : nullptr;
-  const T* first_row = weights.data + t0 * weights.strides[0] +
+  using rows = state_rows<states, tile, 32, T>;
+  // To where a lane begins; lanes that take no part of the rows in registers begin at the first.
+  const int lane_row = rows::held ? at.lane / (states / 4) : 0;
+  const T* first_row = weights.data + (t0 + lane_row) * weights.strides[0] +
                        (reversed ? range.c_group : range.b_group) * weights.strides[1];
   const T* second_row =
-      o.p.c.data + t0 * o.p.c.strides[0] + range.c_group * o.p.c.strides[1];
-  R* checkpoint = to.checkpoints
-                      ? to.checkpoints + (r.checkpoint(t0) * D + channel) * N
-                      : nullptr;
-  using rows = state_rows<states, 32, T>;
+      o.p.c.data + (t0 + lane_row) * o.p.c.strides[0] + range.c_group * o.p.c.strides[1];
+  R* checkpoint = to.checkpoints ? to.checkpoints + (r.checkpoint(t0) * D + channel) * N : nullptr;
   rows first, second;
   packed_t<T, 2> raw_dt[items], raw_in[items], raw_gate[items];
   const auto load_items = [&](const T* p, index_t stride, int count, packed_t<T, 2>(&raw)[items]) {
     load_pairs<items, layout::item_step>(p, layout::item_step * stride, at.item_token, count,
                                          item_channels, o.paired, raw);
   };
-  const auto rows_at = [&](const T* p, index_t stride, int count) -> typename rows::source {
-    return {p, stride, count, static_cast<int>(N), o.quads};
-  };
+  const auto rows_at = [&](const T* p, index_t stride, int count) ->
+      typename rows::source { return {p, lane_row, stride, count, static_cast<int>(N), o.quads}; };
   // Tokens of tile k.
-  const auto tile_tokens = [&](index_t k) {
-    const index_t tile = reversed ? chunks - 1 - k : k;
-    return static_cast<int>(min(index_t{scan_tokens}, tokens - tile * scan_tokens));
+  const auto count_of = [&](int k) {
+    return min(tile, tokens - (reversed ? chunks - 1 - k : k) * tile);
   };
   // All but gates of y, which are wanted late.
   const auto fetch = [&](int count) {
@@ -361,18 +369,14 @@ __global__ void __launch_bounds__(scan_warps(Own* Lanes) * 32, scan_blocks<Own, 
     if constexpr (outputs) second.load(rows_at(second_row, o.p.c.strides[0], count), at.lane);
   };
 
-  if (chunks > 0) fetch(tile_tokens(0));
-  for (index_t k = 0; k < chunks; ++k) {
-    const int count = tile_tokens(k);
-    if (!reversed && checkpoint) {
-      store_rows(h, N, at.state, channels, checkpoint);
-      checkpoint += D * N;
-    }
+  if (chunks > 0) fetch(count_of(0));
+  for (int k = 0; k < chunks; ++k) {
+    const int count = count_of(k);
     packed_t<T, 2> u[items];
 #pragma unroll
     for (int i = 0; i < items; ++i) {
       const int t = at.item_token + i * layout::item_step;
-      if (scan_tokens % layout::item_step != 0 && t >= scan_tokens) continue;
+      if (tile % layout::item_step != 0 && t >= tile) continue;
       const auto dt = widen(raw_dt[i]), in = widen(raw_in[i]);
       numbers<R, 4> step;
 #pragma unroll
@@ -402,17 +406,43 @@ __global__ void __launch_bounds__(scan_warps(Own* Lanes) * 32, scan_blocks<Own, 
     if (gate_item) gate_item += tile_step * gate_stride;
     first_row += tile_step * weights.strides[0];
     second_row += tile_step * o.p.c.strides[0];
-    if (k + 1 < chunks) fetch(tile_tokens(k + 1));
+    if (k + 1 < chunks) fetch(count_of(k + 1));
 
-#pragma unroll 4
-    for (int s = 0; s < scan_tokens; ++s) {
-      const int t = reversed ? scan_tokens - 1 - s : s;
-      const numbers<R, 4> step = m.steps[t * layout::pairs + at.pair];
-      const auto b = *reinterpret_cast<const numbers<R, Own>*>(m.first + t * states + at.state);
-      numbers<R, Own> c{};
-      if constexpr (outputs) {
-        c = *reinterpret_cast<const numbers<R, Own>*>(m.second + t * states + at.state);
-      } else {
+    // The decays of a token are computed during the sums of the token before, and the operands
+    // are read one token ahead of that: then one warp alone keeps the exponentials busy.
+    const auto token = [](int s) { return reversed ? tile - 1 - s : s; };
+    const auto step_at = [&](int s) { return m.steps[token(s) * layout::pairs + at.pair]; };
+    const auto row_at = [&](const R* rows_of, int s) {
+      return *reinterpret_cast<const numbers<R, Own>*>(rows_of + token(s) * states + at.state);
+    };
+    const auto decays = [&](const numbers<R, 4>& step, R(&to_decay)[2][Own]) {
+#pragma unroll
+      for (int j = 0; j < Own; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          to_decay[i][j] = power_of_two(step.v[i] * a[i][j]);
+    };
+    numbers<R, 4> step = step_at(0), next_step = step_at(1);
+    numbers<R, Own> b = row_at(m.first, 0), c{};
+    if constexpr (outputs) c = row_at(m.second, 0);
+    R decay[2][Own];
+    decays(step, decay);
+#pragma unroll
+    for (int s = 0; s < tile; ++s) {
+      if (!reversed && s % scan_tokens == 0 && checkpoint && s < count) {
+        store_rows(h, N, at.state, channels, checkpoint);
+        checkpoint += D * N;
+      }
+      numbers<R, 4> later{};
+      numbers<R, Own> next_b{}, next_c{};
+      R next_decay[2][Own];
+      if (s + 2 < tile) later = step_at(s + 2);
+      if (s + 1 < tile) {
+        next_b = row_at(m.first, s + 1);
+        if constexpr (outputs) next_c = row_at(m.second, s + 1);
+        decays(next_step, next_decay);
+      }
+      if constexpr (!outputs) {
         sums[0] += step.v[0];
         sums[1] += step.v[1];
       }
@@ -421,18 +451,23 @@ __global__ void __launch_bounds__(scan_warps(Own* Lanes) * 32, scan_blocks<Own, 
       for (int j = 0; j < Own; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const R decay = power_of_two(step.v[i] * a[i][j]);
           if constexpr (reversed) {
-            h[i][j] = decay * fma(step.v[2 + i], b.v[j], h[i][j]);
+            h[i][j] = decay[i][j] * fma(step.v[2 + i], b.v[j], h[i][j]);
           } else {
-            h[i][j] = fma(decay, h[i][j], step.v[2 + i] * b.v[j]);
+            h[i][j] = fma(decay[i][j], h[i][j], step.v[2 + i] * b.v[j]);
           }
           if constexpr (outputs) y.v[i] = fma(c.v[j], h[i][j], y.v[i]);
         }
       if constexpr (outputs) {
-        *reinterpret_cast<numbers<R, 2>*>(m.y + (t * layout::pairs + at.pair) * memory::y_row +
-                                          2 * (at.lane % Lanes)) = y;
+        *reinterpret_cast<numbers<R, 2>*>(
+            m.y + (token(s) * layout::pairs + at.pair) * memory::y_row + 2 * (at.lane % Lanes)) = y;
       }
+      step = next_step, next_step = later, b = next_b, c = next_c;
+#pragma unroll
+      for (int j = 0; j < Own; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          decay[i][j] = next_decay[i][j];
     }
     __syncwarp();
 
@@ -502,8 +537,9 @@ __global__ void join_segments_kernel(const __grid_constant__ selective_arguments
   const R a = o.p.a.data[c * o.p.a.strides[0] + n * o.p.a.strides[1]] * R(log2_of_e);
   R state = R(0);
   if (initial.data) {
-    state = initial.data[sequence * initial.strides[0] + c * initial.strides[1] +
-                         n * initial.strides[2]];
+    state =
+        initial
+            .data[sequence * initial.strides[0] + c * initial.strides[1] + n * initial.strides[2]];
   }
   for (index_t k = 0; k < o.segments; ++k) {
     const index_t unit = sequence * o.segments + (reversed ? o.segments - 1 - k : k);

@@ -11,10 +11,10 @@
 ///     d b_t = sum_channels g_t delta_t u_t,   d c_t = sum_channels dy_t h_t
 ///
 /// A block owns the channels that its warps cover in `passes` passes, and walks its cut from the
-/// last 16 tokens to the first. In each such chunk a warp scans forward from the kept state, leaving
-/// every `step`-th state in shared memory, then goes back step by step with the decays and states of
-/// that step in registers. Sums over channels and over states go through shared memory in a fixed
-/// order; each block writes its own share of d b and d c, added up by another kernel.
+/// last 16 tokens to the first. In each such chunk a warp scans forward from the kept state,
+/// leaving every `step`-th state in shared memory, then goes back step by step with the decays and
+/// states of that step in registers. Sums over channels and over states go through shared memory in
+/// a fixed order; each block writes its own share of d b and d c, added up by another kernel.
 
 namespace ssm::kernels::cuda::detail {
 
@@ -36,8 +36,8 @@ struct vjp_targets {
 template <int Own, int Lanes, int Step, class R>
 struct vjp_warp_memory {
   using layout = lane_layout<Own, Lanes>;
-  static constexpr int quads = 2 * Own / 4;                 // of a lane, in both channels
-  static constexpr int part_row = 32 + layout::pairs;       // padded against bank conflicts
+  static constexpr int quads = 2 * Own / 4;            // of a lane, in both channels
+  static constexpr int part_row = 32 + layout::pairs;  // padded against bank conflicts
   numbers<R, 4> steps[scan_tokens * layout::pairs];  // delta, delta, then inputs, later sums of gb
   numbers<R, 2> dy[scan_tokens * layout::pairs];     // dy, later sums of a G h
   numbers<R, 2> y[scan_tokens * layout::pairs];
@@ -206,25 +206,37 @@ class vjp_chunk {
   /// Tokens [t0, t0 + Step) from the last to the first; h is the state before them.
   SSMLIB_DEVICE void reverse_step(int t0, vjp_carry<Own, R>& s, const R (&h)[2][Own]) {
     R decay[Step][2][Own], after[Step][2][Own];
+    // Read before anything is written: the compiler cannot know that they are apart.
+    numbers<R, 4> steps[Step];
+    numbers<R, 2> dys[Step];
+    numbers<R, Own> b_rows[Step], c_rows[Step];
 #pragma unroll
     for (int t = 0; t < Step; ++t) {
-      const numbers<R, 4> step = m.steps[(t0 + t) * layout::pairs + at.pair];
-      const auto row = *reinterpret_cast<const numbers<R, Own>*>(b + (t0 + t) * states + at.state);
+      steps[t] = m.steps[(t0 + t) * layout::pairs + at.pair];
+      dys[t] = m.dy[(t0 + t) * layout::pairs + at.pair];
+      b_rows[t] = *reinterpret_cast<const numbers<R, Own>*>(b + (t0 + t) * states + at.state);
+      c_rows[t] = *reinterpret_cast<const numbers<R, Own>*>(c + (t0 + t) * states + at.state);
+    }
+#pragma unroll
+    for (int t = 0; t < Step; ++t) {
 #pragma unroll
       for (int j = 0; j < Own; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          decay[t][i][j] = power_of_two(step.v[i] * s.a[i][j]);
+          decay[t][i][j] = power_of_two(steps[t].v[i] * s.a[i][j]);
           after[t][i][j] = fma(decay[t][i][j], t == 0 ? h[i][j] : after[t > 0 ? t - 1 : 0][i][j],
-                               step.v[2 + i] * row.v[j]);
+                               steps[t].v[2 + i] * b_rows[t].v[j]);
         }
     }
 #pragma unroll
     for (int t = Step - 1; t >= 0; --t) {
-      const numbers<R, 4> step = m.steps[(t0 + t) * layout::pairs + at.pair];
-      const numbers<R, 2> dy = m.dy[(t0 + t) * layout::pairs + at.pair];
-      const auto bs = *reinterpret_cast<const numbers<R, Own>*>(b + (t0 + t) * states + at.state);
-      const auto cs = *reinterpret_cast<const numbers<R, Own>*>(c + (t0 + t) * states + at.state);
+      const numbers<R, 4>& step = steps[t];
+      const numbers<R, 2>& dy = dys[t];
+      const numbers<R, Own>& bs = b_rows[t];
+      numbers<R, Own> cs = c_rows[t];
+      if constexpr (Gated) {  // has no registers left for it
+        cs = *reinterpret_cast<const numbers<R, Own>*>(c + (t0 + t) * states + at.state);
+      }
       R gb[2] = {}, agh[2] = {}, y[2] = {}, d_b[Own] = {}, d_c[Own] = {};
 #pragma unroll
       for (int j = 0; j < Own; ++j)
@@ -247,8 +259,8 @@ class vjp_chunk {
       for (int q = 0; q < Own / 4; ++q) {
         m.state_parts[(t * quads + q) * 32 + at.lane] = {d_b[4 * q], d_b[4 * q + 1], d_b[4 * q + 2],
                                                          d_b[4 * q + 3]};
-        m.state_parts[(t * quads + Own / 4 + q) * 32 + at.lane] = {
-            d_c[4 * q], d_c[4 * q + 1], d_c[4 * q + 2], d_c[4 * q + 3]};
+        m.state_parts[(t * quads + Own / 4 + q) * 32 + at.lane] = {d_c[4 * q], d_c[4 * q + 1],
+                                                                   d_c[4 * q + 2], d_c[4 * q + 3]};
       }
     }
   }
@@ -289,8 +301,7 @@ class vjp_chunk {
       numbers<R, 4> sum = m.state_parts[row * 32 + row % layout::pairs * Lanes + lane];
 #pragma unroll
       for (int p = 1; p < layout::pairs; ++p) {
-        const numbers<R, 4> x =
-            m.state_parts[row * 32 + (row + p) % layout::pairs * Lanes + lane];
+        const numbers<R, 4> x = m.state_parts[row * 32 + (row + p) % layout::pairs * Lanes + lane];
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           sum.v[e] += x.v[e];
@@ -405,10 +416,13 @@ __global__ void __launch_bounds__(Warps * 32, Lanes == 4 && sizeof(accum_t<T>) =
       const bool newest = k + 1 >= chunks, oldest = k <= 0;
       const index_t t0 = r.begin + max(k, index_t{0}) * scan_tokens;
       if (k >= 0) {
-        using rows = state_rows<states, threads, T>;
+        using rows = state_rows<states, scan_tokens, threads, T>;
         const auto source = [&](const view<const T, 3>& v, index_t group) -> typename rows::source {
-          return {v.data + t0 * v.strides[0] + group * v.strides[1], v.strides[0],
-                  static_cast<int>(min(index_t{scan_tokens}, r.end - t0)), static_cast<int>(N),
+          return {v.data + t0 * v.strides[0] + group * v.strides[1],
+                  0,
+                  v.strides[0],
+                  static_cast<int>(min(index_t{scan_tokens}, r.end - t0)),
+                  static_cast<int>(N),
                   o.quads};
         };
         const auto bs = source(o.p.b, whole.b_group), cs = source(o.p.c, whole.c_group);
@@ -426,8 +440,8 @@ __global__ void __launch_bounds__(Warps * 32, Lanes == 4 && sizeof(accum_t<T>) =
         const int channels = chunk.channels();
         const index_t row = (part * D + channel) * N;
         if (to.passes > 1 || newest) {
-          load_strided(o.p.a.data + channel * o.p.a.strides[0], o.p.a.strides[0],
-                       o.p.a.strides[1], N, at.state, channels, s.a);
+          load_strided(o.p.a.data + channel * o.p.a.strides[0], o.p.a.strides[0], o.p.a.strides[1],
+                       N, at.state, channels, s.a);
 #pragma unroll
           for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -481,8 +495,7 @@ __global__ void __launch_bounds__(Warps * 32, Lanes == 4 && sizeof(accum_t<T>) =
   if (to.passes > 1) return;
   const channel_range range = range_of_pass(0);
   chunk_type chunk{o, to, token_range{}, range, m.warp[warp], m.b, m.c, at};
-  store_rows(s.d_a, N, at.state, chunk.channels(),
-             to.a_parts + (part * D + chunk.channel()) * N);
+  store_rows(s.d_a, N, at.state, chunk.channels(), to.a_parts + (part * D + chunk.channel()) * N);
   R* sums = to.channel_parts + part * 2 * D + chunk.item_channel();
   add_channels(at, s.d_skip, chunk.item_channels(), false, sums);
   add_channels(at, s.d_bias, chunk.item_channels(), false, sums + D);
