@@ -1,6 +1,7 @@
 #include <ssmlib/kernels/cuda/attention_backward.cuh>
 #include <ssmlib/kernels/cuda/attention_forward.cuh>
 
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -478,7 +479,8 @@ void check_large(const char* name, index_t sequences, index_t length, index_t he
 
 // ----------------------------------------------------------------------------------- timings
 
-/// Median milliseconds of replays of a graph of `work`.
+/// Median milliseconds of replays of a graph of `work`, after a pause: long heavy kernels reach the
+/// card's power limit, and what follows them at once runs at a lower clock.
 double time_of(const std::function<void(cudaStream_t)>& work, int repeats = 25) {
   cudaStream_t stream;
   cudaGraph_t graph;
@@ -492,6 +494,8 @@ double time_of(const std::function<void(cudaStream_t)>& work, int repeats = 25) 
   work(stream);
   SSMLIB_CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
   SSMLIB_CHECK_CUDA(cudaGraphInstantiate(&replay, graph, 0));
+  SSMLIB_CHECK_CUDA(cudaDeviceSynchronize());
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
   std::vector<float> times;
   for (int i = 0; i < repeats + 3; ++i) {
     float ms = 0;
@@ -567,15 +571,15 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
-    const bool timings_only = argc > 1 && std::string(argv[1]) == "--time";
-    if (!timings_only) {
-      check_all();
-      check_large("bf16 8x2048 32/8 D128", 1, 2048, 32, 8, 128, 0);
+    const std::string only = argc > 1 ? argv[1] : "";  // --small, as under a sanitizer, or --time
+    if (only != "--time") check_all();
+    if (only.empty()) {
+      check_large("bf16 1x2048 32/8 D128", 1, 2048, 32, 8, 128, 0);
       check_large("bf16 1x4096 8/2 D64", 1, 4096, 8, 2, 64, 0);
       check_large("bf16 T 2^20+1 window 200 D64", 1, (1 << 20) + 1, 1, 1, 64, 200);
       check_large("bf16 70001 sequences of 5 D64", 70001, 5, 1, 1, 64, 0);
     }
-    time_all();
+    if (only != "--small") time_all();
   } catch (const std::exception& e) {
     std::printf("FAIL %s\n", e.what());
     return 1;
