@@ -232,11 +232,7 @@ class vjp_chunk {
     for (int t = Step - 1; t >= 0; --t) {
       const numbers<R, 4>& step = steps[t];
       const numbers<R, 2>& dy = dys[t];
-      const numbers<R, Own>& bs = b_rows[t];
-      numbers<R, Own> cs = c_rows[t];
-      if constexpr (Gated) {  // has no registers left for it
-        cs = *reinterpret_cast<const numbers<R, Own>*>(c + (t0 + t) * states + at.state);
-      }
+      const numbers<R, Own>&bs = b_rows[t], &cs = c_rows[t];
       R gb[2] = {}, agh[2] = {}, y[2] = {}, d_b[Own] = {}, d_c[Own] = {};
 #pragma unroll
       for (int j = 0; j < Own; ++j)
