@@ -1,12 +1,11 @@
 #pragma once
 
 /// @file
-/// The CUDA kernels, apart from ssmlib.hpp because they need the CUDA Toolkit's headers. In this
-/// version they are called by their own names, on device pointers and a stream of the caller's:
-/// tensors and expressions compute on the CPU. The definitions are in the .cuh files beside them,
-/// for nvcc.
+/// The CUDA backend, apart from ssmlib.hpp because it needs the CUDA Toolkit's headers: contexts,
+/// tensors on the device, and the kernels, called by their own names. Evaluating expressions over
+/// tensors of this backend is not part of this version. Kernels are declared here; their
+/// definitions are in the .cuh files beside them, for nvcc.
 
-#include <ssmlib/backend/cuda_error.hpp>
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/kernels/cuda/conv1d.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
@@ -16,3 +15,4 @@
 #include <ssmlib/kernels/cuda/skinny.hpp>
 #include <ssmlib/kernels/cuda/ssd.hpp>
 #include <ssmlib/kernels/cuda/ssd_step.hpp>
+#include <ssmlib/tensor/transfer.hpp>

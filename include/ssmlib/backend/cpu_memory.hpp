@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/backend/memory_block.hpp>
 #include <ssmlib/base/error.hpp>
 #include <ssmlib/base/types.hpp>
 
@@ -26,6 +27,10 @@ class cpu_memory_pool {
   /// @throws backend_error  the system has no such block; names the bytes asked for and in use.
   [[nodiscard]] void* allocate(std::size_t bytes);
   void deallocate(void* block, std::size_t bytes) noexcept;
+
+  /// A counted block of the one pool, its head in front of its bytes. @throws backend_error
+  [[nodiscard]] static memory_block* create(std::size_t bytes);
+  static void destroy(memory_block* block) noexcept;
 
   /// Gives every cached block back to the system.
   void trim();

@@ -93,6 +93,20 @@ SSMLIB_INLINE void cpu_memory_pool::deallocate(void* block, std::size_t bytes) n
   }
 }
 
+SSMLIB_INLINE memory_block* cpu_memory_pool::create(std::size_t bytes) {
+  static_assert(sizeof(memory_block) <= alignment);
+  auto* head = new (instance().allocate(alignment + bytes)) memory_block;
+  head->bytes = bytes;
+  head->data = reinterpret_cast<char*>(head) + alignment;
+  return head;
+}
+
+SSMLIB_INLINE void cpu_memory_pool::destroy(memory_block* block) noexcept {
+  const std::size_t bytes = block->bytes;
+  block->~memory_block();
+  instance().deallocate(block, alignment + bytes);
+}
+
 SSMLIB_INLINE void cpu_memory_pool::trim() {
   const std::scoped_lock lock(storage_->mutex);
   storage_->release_cache();

@@ -10,7 +10,6 @@
 #include <atomic>
 #include <concepts>
 #include <cstring>
-#include <new>
 #include <span>
 #include <utility>
 
@@ -20,11 +19,27 @@ namespace detail {
 // What tensors of all types and ranks share, in tensor_impl.hpp. Axes are missing on the left.
 struct strided_axes {
   shape<4> extents{1, 1, 1, 1}, strides{};
+
+  [[nodiscard]] bool are_dense() const {
+    index_t step = 1;
+    for (std::size_t d = 4; d-- > 0;) {
+      if (extents[d] != 1 && strides[d] != step) return false;
+      step *= extents[d];
+    }
+    return true;
+  }
 };
-void copy_elements(void* to, const strided_axes& to_axes, const void* from,
+/// How a backend copies and fills elements: static copy(to, axes, from, axes, element_bytes) and
+/// fill(to, axes, value, element_bytes).
+template <class B>
+struct elements;
+template <>
+struct elements<cpu> {
+  static void copy(void* to, const strided_axes& to_axes, const void* from,
                    const strided_axes& from_axes, std::size_t element_bytes);
-void fill_elements(void* to, const strided_axes& axes, const void* value,
+  static void fill(void* to, const strided_axes& axes, const void* value,
                    std::size_t element_bytes);
+};
 /// Strides of `extents` over the memory of (old_extents, old_strides), or false.
 [[nodiscard]] bool reshaped_strides(std::span<const index_t> old_extents,
                                     std::span<const index_t> old_strides,
@@ -45,16 +60,22 @@ class buffer {
   using resource = typename B::memory_resource;
 
   buffer() = default;
-  explicit buffer(std::size_t bytes) : block_(create(bytes)) {}
-  buffer(const buffer& other) noexcept : block_(other.block_) { acquire(); }
+  explicit buffer(std::size_t bytes) : block_(resource::create(bytes)) {}
+  buffer(const buffer& other) noexcept : block_(other.block_) {
+    if (block_) block_->count.fetch_add(1, std::memory_order_relaxed);
+  }
   buffer(buffer&& other) noexcept : block_(std::exchange(other.block_, nullptr)) {}
   buffer& operator=(buffer other) noexcept {
     std::swap(block_, other.block_);
     return *this;
   }
-  ~buffer() { release(); }
+  ~buffer() {
+    if (block_ && block_->count.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      resource::destroy(block_);
+    }
+  }
 
-  [[nodiscard]] void* data() const { return block_ ? block_ + 1 : nullptr; }
+  [[nodiscard]] void* data() const { return block_ ? block_->data : nullptr; }
   [[nodiscard]] std::size_t bytes() const { return block_ ? block_->bytes : 0; }
   [[nodiscard]] const void* id() const { return block_; }
   [[nodiscard]] index_t use_count() const {
@@ -62,30 +83,7 @@ class buffer {
   }
 
  private:
-  struct alignas(resource::alignment) header {
-    std::atomic<index_t> count{1};
-    std::size_t bytes = 0;
-  };
-
-  static header* create(std::size_t bytes) {
-    void* raw = resource::instance().allocate(sizeof(header) + bytes);
-    auto* block = new (raw) header;
-    block->bytes = bytes;
-    return block;
-  }
-  void acquire() const {
-    if (block_) block_->count.fetch_add(1, std::memory_order_relaxed);
-  }
-  void release() {
-    if (block_ && block_->count.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      const std::size_t bytes = block_->bytes;
-      block_->~header();
-      resource::instance().deallocate(block_, sizeof(header) + bytes);
-    }
-    block_ = nullptr;
-  }
-
-  header* block_ = nullptr;
+  memory_block* block_ = nullptr;
 };
 
 /// A tensor of rank 1 to 4, stored (batch, time, head, feature), last index fastest, possibly a
@@ -162,15 +160,7 @@ class tensor {
     return ssm::view<T, Rank>{data_, extents_, strides_}(i...);
   }
 
-  [[nodiscard]] bool is_contiguous() const {
-    index_t step = 1;
-    for (int d = Rank - 1; d >= 0; --d) {
-      const auto i = static_cast<std::size_t>(d);
-      if (extents_[i] != 1 && strides_[i] != step) return false;
-      step *= extents_[i];
-    }
-    return true;
-  }
+  [[nodiscard]] bool is_contiguous() const { return axes().are_dense(); }
 
   /// A deep copy with dense strides.
   [[nodiscard]] tensor clone() const {
@@ -185,15 +175,12 @@ class tensor {
   /// Copies elements. @throws shape_error  the shapes differ.
   void copy_from(const tensor& other) const {
     detail::check_copy(other.extents_, extents_);
-    if (size() == 0) return;
-    if (is_contiguous() && other.is_contiguous()) {
-      std::memmove(data_, other.data_, static_cast<std::size_t>(size()) * sizeof(T));
-    } else {
-      detail::copy_elements(data_, axes(), other.data_, other.axes(), sizeof(T));
+    if (size() > 0) {
+      detail::elements<B>::copy(data_, axes(), other.data_, other.axes(), sizeof(T));
     }
   }
   void fill(T value) const {
-    if (size() > 0) detail::fill_elements(data_, axes(), &value, sizeof(T));
+    if (size() > 0) detail::elements<B>::fill(data_, axes(), &value, sizeof(T));
   }
 
   /// The part [begin, end) of axis d, sharing the elements. @throws shape_error  out of range.

@@ -36,8 +36,13 @@ void with_width(std::size_t element_bytes, F f) {
   }
 }
 
-SSMLIB_INLINE void copy_elements(void* to, const strided_axes& to_axes, const void* from,
-                                 const strided_axes& from_axes, std::size_t element_bytes) {
+SSMLIB_INLINE void elements<cpu>::copy(void* to, const strided_axes& to_axes, const void* from,
+                                       const strided_axes& from_axes, std::size_t element_bytes) {
+  if (to_axes.are_dense() && from_axes.are_dense()) {
+    std::memmove(to, from,
+                 static_cast<std::size_t>(element_count(to_axes.extents)) * element_bytes);
+    return;
+  }
   const index_t to_step = to_axes.strides[3], from_step = from_axes.strides[3];
   with_width(element_bytes, [&](auto bits) {
     using T = decltype(bits);
@@ -56,8 +61,8 @@ SSMLIB_INLINE void copy_elements(void* to, const strided_axes& to_axes, const vo
   });
 }
 
-SSMLIB_INLINE void fill_elements(void* to, const strided_axes& axes, const void* value,
-                                 std::size_t element_bytes) {
+SSMLIB_INLINE void elements<cpu>::fill(void* to, const strided_axes& axes, const void* value,
+                                       std::size_t element_bytes) {
   with_width(element_bytes, [&](auto bits) {
     using T = decltype(bits);
     std::memcpy(&bits, value, sizeof(T));

@@ -1,0 +1,97 @@
+#pragma once
+
+#include <ssmlib/backend/backend.hpp>
+#include <ssmlib/backend/cpu_memory.hpp>
+#include <ssmlib/backend/cuda_error.hpp>
+#include <ssmlib/backend/memory_block.hpp>
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <memory>
+#include <string_view>
+#include <utility>
+
+namespace ssm {
+
+namespace detail {
+struct cuda_state;
+}
+
+/// Where tensors of the CUDA backend get their bytes: the pool of the calling thread's current
+/// context, in the order of its stream.
+struct cuda_memory {
+  /// @throws backend_error  out of memory; names the bytes asked for, free and total. The context
+  ///                        stays usable.
+  [[nodiscard]] static memory_block* create(std::size_t bytes);
+  /// Frees after the work that the block's context has been given so far.
+  static void destroy(memory_block* block) noexcept;
+};
+
+/// The CUDA backend.
+///
+/// Work is asynchronous on the context's stream; `synchronize()` and copies to the host wait. Two
+/// contexts are independent: what one has made, another may use after a synchronize() of the first.
+struct cuda {
+  static constexpr std::string_view name = "cuda";
+  using memory_resource = cuda_memory;
+
+  /// A device, a stream, a memory pool. Copies are handles to the same. Used by one thread of the
+  /// program at a time.
+  class context {
+   public:
+    /// @throws backend_error  there is no such device, or no driver.
+    explicit context(int device = 0);
+    /// The context that new tensors of this thread belong to: see cuda_scope.
+    [[nodiscard]] static context current();
+
+    [[nodiscard]] int device() const;
+    [[nodiscard]] cudaStream_t stream() const;
+    /// The compute capability, as 90, at most the cap: kernels that need more are not taken.
+    [[nodiscard]] int arch() const;
+    /// Lets a test run the kernels of an older architecture on a newer card.
+    void set_arch_cap(int arch) const;
+
+    /// Waits for everything given so far. @throws backend_error  what went wrong in it.
+    void synchronize() const;
+
+    /// Bytes of the pool: handed out now, their peak, and kept for reuse.
+    [[nodiscard]] memory_stats memory() const;
+    void reset_peak() const;
+    /// Gives what is kept for reuse back to the device.
+    void trim() const;
+
+   private:
+    friend struct cuda_memory;
+    friend class cuda_scope;
+    explicit context(std::shared_ptr<detail::cuda_state> state) : state_(std::move(state)) {}
+
+    std::shared_ptr<detail::cuda_state> state_;
+  };
+
+  /// The number of devices; 0 without a driver.
+  [[nodiscard]] static int device_count();
+};
+static_assert(Backend<cuda>);
+
+template <>
+[[nodiscard]] cuda::context& default_context<cuda>();
+
+/// Makes a context the current one of this thread: new tensors belong to it. Outside of any scope
+/// that is the default context. Evaluations open one for the context that they are given.
+class cuda_scope {
+ public:
+  explicit cuda_scope(const cuda::context& ctx);
+  ~cuda_scope();
+  cuda_scope(const cuda_scope&) = delete;
+  cuda_scope& operator=(const cuda_scope&) = delete;
+
+ private:
+  std::shared_ptr<detail::cuda_state> before_;
+};
+
+}  // namespace ssm
+
+#ifndef SSMLIB_COMPILED
+#include <ssmlib/backend/cuda_impl.hpp>
+#endif

@@ -1,0 +1,179 @@
+#pragma once
+
+#include <ssmlib/backend/cuda.hpp>
+#include <ssmlib/base/compiled.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <new>
+#include <string>
+
+namespace ssm {
+
+namespace detail {
+
+/// Sets a device for a scope; the runtime's current device is a property of the thread.
+class device_guard {
+ public:
+  explicit device_guard(int device) {
+    SSMLIB_CHECK_CUDA(cudaGetDevice(&before_));
+    if (before_ != device) SSMLIB_CHECK_CUDA(cudaSetDevice(device));
+  }
+  ~device_guard() { (void)cudaSetDevice(before_); }
+  device_guard(const device_guard&) = delete;
+  device_guard& operator=(const device_guard&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+struct cuda_state {
+  int device = 0, arch = 0, arch_cap = std::numeric_limits<int>::max();
+  cudaStream_t stream = nullptr;
+  cudaMemPool_t pool = nullptr;
+
+  explicit cuda_state(int device_index) : device(device_index) {
+    const int devices = cuda::device_count();
+    if (device < 0 || device >= devices) {
+      throw backend_error(
+          "ssm: cuda::context(device " + std::to_string(device) + "): there " +
+          (devices == 1 ? "is 1 device" : "are " + std::to_string(devices) + " devices") +
+          "; give the index of one, or use the CPU");
+    }
+    const device_guard guard(device);
+    int major = 0, minor = 0;
+    SSMLIB_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    SSMLIB_CHECK_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    arch = 10 * major + minor;
+    if (arch < 80) {
+      throw backend_error("ssm: cuda::context: device " + std::to_string(device) + " is sm_" +
+                          std::to_string(arch) + "; wanted sm_80 or newer");
+    }
+    SSMLIB_CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    cudaMemPoolProps properties{};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = device;
+    SSMLIB_CHECK_CUDA(cudaMemPoolCreate(&pool, &properties));
+    std::uint64_t keep = std::numeric_limits<std::uint64_t>::max();
+    SSMLIB_CHECK_CUDA(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+  }
+  ~cuda_state() {
+    if (stream) (void)cudaStreamSynchronize(stream);
+    if (pool) (void)cudaMemPoolDestroy(pool);
+    if (stream) (void)cudaStreamDestroy(stream);
+  }
+  cuda_state(const cuda_state&) = delete;
+  cuda_state& operator=(const cuda_state&) = delete;
+};
+
+struct cuda_block : memory_block {
+  std::shared_ptr<cuda_state> owner;
+};
+
+/// The current context of this thread; none means the default one.
+inline thread_local std::shared_ptr<cuda_state> current_cuda;
+
+}  // namespace detail
+
+SSMLIB_INLINE int cuda::device_count() {
+  int n = 0;
+  if (cudaGetDeviceCount(&n) == cudaSuccess) return n;
+  (void)cudaGetLastError();
+  return 0;
+}
+
+SSMLIB_INLINE cuda::context::context(int device)
+    : state_(std::make_shared<detail::cuda_state>(device)) {}
+
+SSMLIB_INLINE cuda::context cuda::context::current() {
+  return detail::current_cuda ? context(detail::current_cuda) : default_context<cuda>();
+}
+
+SSMLIB_INLINE int cuda::context::device() const {
+  return state_->device;
+}
+SSMLIB_INLINE cudaStream_t cuda::context::stream() const {
+  return state_->stream;
+}
+SSMLIB_INLINE int cuda::context::arch() const {
+  return std::min(state_->arch, state_->arch_cap);
+}
+SSMLIB_INLINE void cuda::context::set_arch_cap(int arch) const {
+  state_->arch_cap = arch;
+}
+
+SSMLIB_INLINE void cuda::context::synchronize() const {
+  SSMLIB_CHECK_CUDA(cudaStreamSynchronize(state_->stream));
+}
+
+SSMLIB_INLINE memory_stats cuda::context::memory() const {
+  std::uint64_t used = 0, peak = 0, reserved = 0;
+  SSMLIB_CHECK_CUDA(cudaMemPoolGetAttribute(state_->pool, cudaMemPoolAttrUsedMemCurrent, &used));
+  SSMLIB_CHECK_CUDA(cudaMemPoolGetAttribute(state_->pool, cudaMemPoolAttrUsedMemHigh, &peak));
+  SSMLIB_CHECK_CUDA(
+      cudaMemPoolGetAttribute(state_->pool, cudaMemPoolAttrReservedMemCurrent, &reserved));
+  memory_stats stats;
+  stats.in_use = used;
+  stats.peak = peak;
+  stats.cached = reserved - std::min(reserved, used);
+  return stats;
+}
+
+SSMLIB_INLINE void cuda::context::reset_peak() const {
+  std::uint64_t zero = 0;
+  SSMLIB_CHECK_CUDA(cudaMemPoolSetAttribute(state_->pool, cudaMemPoolAttrUsedMemHigh, &zero));
+}
+
+SSMLIB_INLINE void cuda::context::trim() const {
+  synchronize();
+  SSMLIB_CHECK_CUDA(cudaMemPoolTrimTo(state_->pool, 0));
+}
+
+SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
+  const auto owner = cuda::context::current().state_;
+  const detail::device_guard guard(owner->device);
+  auto block = std::make_unique<detail::cuda_block>();
+  block->bytes = bytes;
+  // A block of no bytes has an address too: a tensor without elements is not an absent one.
+  const std::size_t wanted = std::max<std::size_t>(bytes, 1);
+  cudaError_t status = cudaMallocFromPoolAsync(&block->data, wanted, owner->pool, owner->stream);
+  if (status == cudaErrorMemoryAllocation) {  // freed blocks may wait for the stream to get there
+    (void)cudaGetLastError();
+    SSMLIB_CHECK_CUDA(cudaStreamSynchronize(owner->stream));
+    SSMLIB_CHECK_CUDA(cudaMemPoolTrimTo(owner->pool, 0));
+    status = cudaMallocFromPoolAsync(&block->data, wanted, owner->pool, owner->stream);
+  }
+  if (status == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();
+    std::size_t free = 0, total = 0;
+    SSMLIB_CHECK_CUDA(cudaMemGetInfo(&free, &total));
+    throw backend_error("ssm: allocating " + std::to_string(bytes) + " bytes on device " +
+                        std::to_string(owner->device) + " failed with " + std::to_string(free) +
+                        " of " + std::to_string(total) +
+                        " bytes free; use a smaller batch or a shorter sequence");
+  }
+  detail::check_cuda(status, "cudaMallocFromPoolAsync");
+  block->owner = owner;
+  return block.release();
+}
+
+SSMLIB_INLINE void cuda_memory::destroy(memory_block* base) noexcept {
+  const std::unique_ptr<detail::cuda_block> block(static_cast<detail::cuda_block*>(base));
+  (void)cudaFreeAsync(block->data, block->owner->stream);
+}
+
+template <>
+SSMLIB_INLINE cuda::context& default_context<cuda>() {
+  static auto* ctx = new cuda::context;  // never destroyed: the driver may end before statics do
+  return *ctx;
+}
+
+SSMLIB_INLINE cuda_scope::cuda_scope(const cuda::context& ctx)
+    : before_(std::exchange(detail::current_cuda, ctx.state_)) {}
+SSMLIB_INLINE cuda_scope::~cuda_scope() {
+  detail::current_cuda = std::move(before_);
+}
+
+}  // namespace ssm

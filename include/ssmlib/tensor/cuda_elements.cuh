@@ -1,0 +1,86 @@
+#pragma once
+
+#include <ssmlib/base/compiled.hpp>
+#include <ssmlib/tensor/cuda_elements.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace ssm::detail {
+
+/// The offset of element i, counted in dense order.
+__device__ inline index_t element_offset(index_t i, const strided_axes& axes) {
+  index_t offset = 0;
+#pragma unroll
+  for (int d = 3; d > 0; --d) {
+    offset += i % axes.extents[d] * axes.strides[d];
+    i /= axes.extents[d];
+  }
+  return offset + i * axes.strides[0];
+}
+
+template <class Bits>
+__global__ void copy_elements(Bits* to, const __grid_constant__ strided_axes to_axes,
+                              const Bits* from, const __grid_constant__ strided_axes from_axes,
+                              index_t n) {
+  const index_t step = index_t{blockDim.x} * gridDim.x;
+  for (index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n; i += step) {
+    to[element_offset(i, to_axes)] = from[element_offset(i, from_axes)];
+  }
+}
+
+template <class Bits>
+__global__ void fill_elements(Bits* to, const __grid_constant__ strided_axes axes, Bits value,
+                              index_t n) {
+  const index_t step = index_t{blockDim.x} * gridDim.x;
+  for (index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n; i += step) {
+    to[element_offset(i, axes)] = value;
+  }
+}
+
+/// f(a number as wide as an element, blocks for n elements)
+template <class F>
+void launch_by_width(index_t n, std::size_t element_bytes, F f) {
+  const auto blocks = static_cast<unsigned>(std::min<index_t>((n + 255) / 256, 132 * 32));
+  switch (element_bytes) {
+    case 2:
+      f(std::uint16_t{}, blocks);
+      break;
+    case 4:
+      f(std::uint32_t{}, blocks);
+      break;
+    default:
+      f(std::uint64_t{}, blocks);
+  }
+  SSMLIB_CHECK_CUDA(cudaGetLastError());
+}
+
+SSMLIB_INLINE void elements<cuda>::copy(void* to, const strided_axes& to_axes, const void* from,
+                                        const strided_axes& from_axes, std::size_t element_bytes) {
+  const index_t n = element_count(to_axes.extents);
+  const cudaStream_t stream = cuda::context::current().stream();
+  if (to_axes.are_dense() && from_axes.are_dense()) {
+    SSMLIB_CHECK_CUDA(cudaMemcpyAsync(to, from, static_cast<std::size_t>(n) * element_bytes,
+                                      cudaMemcpyDeviceToDevice, stream));
+    return;
+  }
+  launch_by_width(n, element_bytes, [&](auto bits, unsigned blocks) {
+    using Bits = decltype(bits);
+    copy_elements<Bits><<<blocks, 256, 0, stream>>>(static_cast<Bits*>(to), to_axes,
+                                                    static_cast<const Bits*>(from), from_axes, n);
+  });
+}
+
+SSMLIB_INLINE void elements<cuda>::fill(void* to, const strided_axes& axes, const void* value,
+                                        std::size_t element_bytes) {
+  const index_t n = element_count(axes.extents);
+  const cudaStream_t stream = cuda::context::current().stream();
+  launch_by_width(n, element_bytes, [&](auto bits, unsigned blocks) {
+    using Bits = decltype(bits);
+    std::memcpy(&bits, value, sizeof(Bits));
+    fill_elements<Bits><<<blocks, 256, 0, stream>>>(static_cast<Bits*>(to), axes, bits, n);
+  });
+}
+
+}  // namespace ssm::detail
