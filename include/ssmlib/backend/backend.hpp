@@ -8,10 +8,17 @@ namespace ssm {
 
 /// Where a tensor lives and which kernels work on it: an empty tag that is part of the tensor's
 /// type. Run-time state (threads; or stream, pool and handles) is its `context`, passed to eval.
+///
+/// New tensors belong to the context that is current on the calling thread, where a backend has
+/// such a thing: `typename B::scope s(ctx)` makes one current, B::current() is what a scope takes to
+/// restore it later.
 template <class B>
 concept Backend = std::is_empty_v<B> && requires {
   { B::name } -> std::convertible_to<std::string_view>;
   typename B::context;
+  typename B::scope;
+  requires std::constructible_from<typename B::scope, const typename B::context&>;
+  requires std::constructible_from<typename B::scope, decltype(B::current())>;
 };
 
 /// The process-wide context that `eval(expr)` uses when none is passed. One per backend.

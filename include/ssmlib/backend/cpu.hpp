@@ -105,6 +105,14 @@ struct cpu {
     int threads_ = 1;
     std::unique_ptr<detail::worker_pool> pool_;
   };
+
+  /// Memory belongs to no context, so there is nothing to make current.
+  struct no_context {};
+  struct [[maybe_unused]] scope {
+    explicit scope(const context&) {}
+    explicit scope(no_context) {}
+  };
+  [[nodiscard]] static no_context current() { return {}; }
 };
 static_assert(Backend<cpu>);
 

@@ -42,9 +42,6 @@ struct cuda {
    public:
     /// @throws backend_error  there is no such device, or no driver.
     explicit context(int device = 0);
-    /// The context that new tensors of this thread belong to: see cuda_scope.
-    [[nodiscard]] static context current();
-
     [[nodiscard]] int device() const;
     [[nodiscard]] cudaStream_t stream() const;
     /// The compute capability, as 90, at most the cap: kernels that need more are not taken.
@@ -63,11 +60,26 @@ struct cuda {
 
    private:
     friend struct cuda_memory;
-    friend class cuda_scope;
+    friend struct cuda;
     explicit context(std::shared_ptr<detail::cuda_state> state) : state_(std::move(state)) {}
 
     std::shared_ptr<detail::cuda_state> state_;
   };
+
+  /// Makes a context the current one of this thread: new tensors belong to it. Outside of any scope
+  /// that is the default context. Evaluations open one for the context that they are given.
+  class scope {
+   public:
+    explicit scope(const context& ctx);
+    ~scope();
+    scope(const scope&) = delete;
+    scope& operator=(const scope&) = delete;
+
+   private:
+    std::shared_ptr<detail::cuda_state> before_;
+  };
+  /// The context that new tensors of this thread belong to.
+  [[nodiscard]] static context current();
 
   /// The number of devices; 0 without a driver.
   [[nodiscard]] static int device_count();
@@ -76,19 +88,6 @@ static_assert(Backend<cuda>);
 
 template <>
 [[nodiscard]] cuda::context& default_context<cuda>();
-
-/// Makes a context the current one of this thread: new tensors belong to it. Outside of any scope
-/// that is the default context. Evaluations open one for the context that they are given.
-class cuda_scope {
- public:
-  explicit cuda_scope(const cuda::context& ctx);
-  ~cuda_scope();
-  cuda_scope(const cuda_scope&) = delete;
-  cuda_scope& operator=(const cuda_scope&) = delete;
-
- private:
-  std::shared_ptr<detail::cuda_state> before_;
-};
 
 }  // namespace ssm
 

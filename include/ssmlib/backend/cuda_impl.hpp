@@ -87,7 +87,7 @@ SSMLIB_INLINE int cuda::device_count() {
 SSMLIB_INLINE cuda::context::context(int device)
     : state_(std::make_shared<detail::cuda_state>(device)) {}
 
-SSMLIB_INLINE cuda::context cuda::context::current() {
+SSMLIB_INLINE cuda::context cuda::current() {
   return detail::current_cuda ? context(detail::current_cuda) : default_context<cuda>();
 }
 
@@ -132,7 +132,7 @@ SSMLIB_INLINE void cuda::context::trim() const {
 }
 
 SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
-  const auto owner = cuda::context::current().state_;
+  const auto owner = cuda::current().state_;
   const detail::device_guard guard(owner->device);
   auto block = std::make_unique<detail::cuda_block>();
   block->bytes = bytes;
@@ -170,9 +170,9 @@ SSMLIB_INLINE cuda::context& default_context<cuda>() {
   return *ctx;
 }
 
-SSMLIB_INLINE cuda_scope::cuda_scope(const cuda::context& ctx)
+SSMLIB_INLINE cuda::scope::scope(const cuda::context& ctx)
     : before_(std::exchange(detail::current_cuda, ctx.state_)) {}
-SSMLIB_INLINE cuda_scope::~cuda_scope() {
+SSMLIB_INLINE cuda::scope::~scope() {
   detail::current_cuda = std::move(before_);
 }
 

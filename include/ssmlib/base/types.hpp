@@ -39,7 +39,12 @@ concept Element = std::same_as<T, float> || std::same_as<T, double> || std::same
 template <class T>
 concept Real = std::same_as<T, float> || std::same_as<T, double>;
 
-/// The type that sums of T are accumulated in.
+/// Types that mixers and layers hold: Real, and bf16 on backends that compute from it (CUDA).
+template <class T>
+concept Floating = Real<T> || std::same_as<T, bf16>;
+
+/// The type that sums of T are accumulated in, and that decays, states, statistics, parameters and
+/// their gradients have beside activations of type T: float for bf16, else T.
 template <class T>
 using accum_t = std::conditional_t<std::is_same_v<T, bf16>, float, T>;
 

@@ -21,15 +21,15 @@ namespace ssm {
 /// rule is stable for beta |k|^2 in [0, 2], so normalise keys first (l2_normalize). Without a decay
 /// (g = 0) it is DeltaNet.
 /// @source Yang et al. 2024, arXiv:2412.06464, eq. 10; DeltaNet: arXiv:2406.06484.
-template <Real T, Backend B = cpu>
+template <Floating T, Backend B = cpu>
 struct delta_rule_mixer {
   using value_type = T;
   using backend = B;
   using structure = structure::delta_rule;
   using algorithms = alg_list<alg::chunked, alg::recurrent, alg::quadratic>;
 
-  tensor<T, 3, B> log_decay;  // (b, T, Hg)
-  tensor<T, 3, B> beta;       // (b, T, Hb)
+  tensor<accum_t<T>, 3, B> log_decay;  // (b, T, Hg)
+  tensor<accum_t<T>, 3, B> beta;       // (b, T, Hb)
   gram<T, B> kernel;
   sequence_layout layout{};
 
@@ -91,13 +91,14 @@ struct delta_rule_mixer {
 /// @param kernel     Q * transpose(K), with a scale if wanted
 /// @throws shape_error  batch, length or heads do not fit.
 /// @cost   O(1); nothing is evaluated.
-template <Real T, int Rg, int Rb, Backend B>
-[[nodiscard]] delta_rule_mixer<T, B> delta_rule(const tensor<T, Rg, B>& log_decay,
-                                                const tensor<T, Rb, B>& beta, gram<T, B> kernel) {
+template <Floating T, int Rg, int Rb, Backend B>
+[[nodiscard]] delta_rule_mixer<T, B> delta_rule(const tensor<accum_t<T>, Rg, B>& log_decay,
+                                                const tensor<accum_t<T>, Rb, B>& beta,
+                                                gram<T, B> kernel) {
   constexpr const char* what = "delta_rule(log_decay, beta, Q * transpose(K))";
   delta_rule_mixer<T, B> m{
       detail::promote_scalar(log_decay), detail::promote_scalar(beta), std::move(kernel), {}};
-  for (const tensor<T, 3, B>* t : {&m.log_decay, &m.beta}) {
+  for (const tensor<accum_t<T>, 3, B>* t : {&m.log_decay, &m.beta}) {
     detail::check_time(what, t->extent(0), t->extent(1), m.batch(), m.length());
     detail::join_heads(what, t->extent(2), m.kernel.heads());
   }

@@ -17,14 +17,14 @@ namespace ssm {
 /// as a matrix: entry (t, s) is alpha sum_n q_t[n] k_s[n] exp(log_gate_{s+1}[n] + ... +
 /// log_gate_t[n]) for t >= s.
 /// @source Yang et al. 2023, arXiv:2312.06635, section 4.
-template <Real T, Backend B = cpu>
+template <Floating T, Backend B = cpu>
 struct gated_linear_mixer {
   using value_type = T;
   using backend = B;
   using structure = structure::semiseparable;
   using algorithms = alg_list<alg::chunked, alg::recurrent, alg::quadratic>;
 
-  tensor<T, 4, B> log_gate;  // (b, T, Hg, N)
+  tensor<accum_t<T>, 4, B> log_gate;  // (b, T, Hg, N)
   gram<T, B> kernel;
   sequence_layout layout{};
 
@@ -67,9 +67,10 @@ struct gated_linear_mixer {
 /// @param kernel    Q * transpose(K), with a scale if wanted
 /// @throws shape_error  batch, length, heads or feature sizes do not fit.
 /// @cost   O(1); nothing is evaluated.
-template <Real T, int R, Backend B>
-[[nodiscard]] gated_linear_mixer<T, B> gated(const tensor<T, R, B>& log_gate, gram<T, B> kernel) {
-  tensor<T, 4, B> gate = detail::promote(log_gate);
+template <Floating T, int R, Backend B>
+[[nodiscard]] gated_linear_mixer<T, B> gated(const tensor<accum_t<T>, R, B>& log_gate,
+                                             gram<T, B> kernel) {
+  tensor<accum_t<T>, 4, B> gate = detail::promote(log_gate);
   if (gate.extent(3) != kernel.key_size()) {
     throw shape_error("ssm: gated(log_gate, Q * transpose(K)): log_gate is " +
                       to_string<4>(gate.extents()) + ", Q is " + to_string<4>(kernel.q.extents()) +

@@ -14,42 +14,42 @@ namespace ssm {
 namespace feature {
 
 struct identity {
-  template <Real T>
+  template <Floating T>
   static T value(T x) {
     return x;
   }
-  template <Real T>
+  template <Floating T>
   static T slope(T) {
     return T(1);
   }
 };
 /// elu(x) + 1 > 0. @source Katharopoulos et al. 2020, arXiv:2006.16236, eq. 7.
 struct elu_plus_one {
-  template <Real T>
+  template <Floating T>
   static T value(T x) {
     return x > T(0) ? x + T(1) : std::exp(x);
   }
-  template <Real T>
+  template <Floating T>
   static T slope(T x) {
     return x > T(0) ? T(1) : std::exp(x);
   }
 };
 struct relu {
-  template <Real T>
+  template <Floating T>
   static T value(T x) {
     return x > T(0) ? x : T(0);
   }
-  template <Real T>
+  template <Floating T>
   static T slope(T x) {
     return x > T(0) ? T(1) : T(0);
   }
 };
 struct exponential {
-  template <Real T>
+  template <Floating T>
   static T value(T x) {
     return std::exp(x);
   }
-  template <Real T>
+  template <Floating T>
   static T slope(T x) {
     return std::exp(x);
   }
@@ -63,19 +63,19 @@ concept FeatureMap = requires(float x, double y) {
   { Phi::slope(y) } -> std::same_as<double>;
 };
 
-template <Real T, Backend B>
+template <Floating T, Backend B>
 struct transposed_tensor {
   tensor<T, 4, B> value;
 };
 
 /// K -> K^T, for `Q * transpose(K)`.
-template <Real T, int R, Backend B>
+template <Floating T, int R, Backend B>
 [[nodiscard]] transposed_tensor<T, B> transpose(const tensor<T, R, B>& k) {
   return {detail::promote(k)};
 }
 
 /// alpha phi(Q) phi(K)^T: entry (t, s) is alpha * phi(q_t) . phi(k_s). Rank = feature size.
-template <Real T, Backend B = cpu, FeatureMap Phi = feature::identity>
+template <Floating T, Backend B = cpu, FeatureMap Phi = feature::identity>
 struct gram {
   using value_type = T;
   using backend = B;
@@ -123,7 +123,7 @@ struct gram {
 /// @param kt  transpose(K), K likewise; head counts may differ if one divides the other.
 /// @throws shape_error  the feature sizes, batches, lengths or head counts do not fit.
 /// @cost   O(1); nothing is evaluated.
-template <Real T, int R, Backend B>
+template <Floating T, int R, Backend B>
 [[nodiscard]] gram<T, B> operator*(const tensor<T, R, B>& q, transposed_tensor<T, B> kt) {
   tensor<T, 4, B> q4 = detail::promote(q);
   if (q4.extent(3) != kt.value.extent(3)) {
@@ -135,7 +135,7 @@ template <Real T, int R, Backend B>
   detail::join_heads("Q * transpose(K)", q4.extent(2), kt.value.extent(2));
   return {std::move(q4), std::move(kt.value)};
 }
-template <Real T, int R, Backend B, Real T2, Backend B2>
+template <Floating T, int R, Backend B, Real T2, Backend B2>
 requires(!std::same_as<T, T2> || !std::same_as<B, B2>) gram<T, B>
 operator*(const tensor<T, R, B>&, const transposed_tensor<T2, B2>&) {
   static_assert(std::same_as<B, B2>,
@@ -146,20 +146,20 @@ operator*(const tensor<T, R, B>&, const transposed_tensor<T2, B2>&) {
 }
 
 /// Folds a scale into the gram matrix: Q * transpose(K) * (1 / sqrt(N)).
-template <Real T, Backend B, class Phi>
+template <Floating T, Backend B, class Phi>
 [[nodiscard]] gram<T, B, Phi> operator*(gram<T, B, Phi> g, double scale) {
   g.alpha *= scale;
   return g;
 }
 
 /// The gram matrix of mapped features, phi(Q) phi(K)^T: the kernel of linear attention.
-template <FeatureMap Phi, Real T, Backend B>
+template <FeatureMap Phi, Floating T, Backend B>
 [[nodiscard]] gram<T, B, Phi> with_features(Phi, gram<T, B> g) {
   return {std::move(g.q), std::move(g.k), g.alpha, std::move(g.layout)};
 }
 
 /// U V^T, the low-rank matrix; the same node as U * transpose(V).
-template <Real T, int R, Backend B>
+template <Floating T, int R, Backend B>
 [[nodiscard]] gram<T, B> low_rank(const tensor<T, R, B>& u, const tensor<T, R, B>& v) {
   return u * transpose(v);
 }

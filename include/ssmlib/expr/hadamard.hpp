@@ -41,7 +41,7 @@ struct masked_gram_traits<L> {
 /// semiseparable matrix of linear attention (ones), retention (decay), and Mamba-2 and every other
 /// scalar-gated linear recurrence (semiseparable).
 /// @source Dao and Gu 2024, arXiv:2405.21060, section 4.
-template <MatrixMixer L, Real T, Backend B, FeatureMap Phi>
+template <MatrixMixer L, Floating T, Backend B, FeatureMap Phi>
 struct masked_gram {
   using value_type = T;
   using backend = B;
@@ -102,14 +102,14 @@ struct masked_gram {
 /// @throws shape_error  batch, length or head counts do not fit, or a sequence is longer than the
 ///                      mask goes.
 /// @cost   O(1); nothing is evaluated.
-template <MatrixMixer L, Real T, Backend B, class Phi>
+template <MatrixMixer L, Floating T, Backend B, class Phi>
 [[nodiscard]] masked_gram<L, T, B, Phi> hadamard(L mask, gram<T, B, Phi> kernel) {
   static_assert(std::same_as<typename L::backend, B>,
                 "ssm: hadamard(mask, Q * transpose(K)) mixes two backends; copy one operand with "
                 "to<backend>(...)");
-  static_assert(std::same_as<typename L::value_type, T>,
+  static_assert(std::same_as<typename L::value_type, accum_t<T>>,
                 "ssm: hadamard(mask, Q * transpose(K)) mixes two element types; convert one with "
-                "cast<T>(...)");
+                "cast<T>(...); beside bf16 a mask is float");
   detail::check_time("hadamard(mask, Q * transpose(K))", mask.batch(), mask.length(),
                      kernel.batch(), kernel.length());
   detail::join_heads("hadamard(mask, Q * transpose(K))", mask.heads(), kernel.heads());
@@ -117,14 +117,14 @@ template <MatrixMixer L, Real T, Backend B, class Phi>
   detail::check_length(mask, layout ? layout.max_length() : kernel.length());
   return {std::move(mask), std::move(kernel), std::move(layout)};
 }
-template <Real T, Backend B, class Phi>
+template <Floating T, Backend B, class Phi>
 [[nodiscard]] auto hadamard(causal_t, gram<T, B, Phi> kernel) {
-  return hadamard(causal_mask<T, B>{}, std::move(kernel));
+  return hadamard(causal_mask<accum_t<T>, B>{}, std::move(kernel));
 }
 
-template <Real T, Backend B, class Phi>
+template <Floating T, Backend B, class Phi>
 [[nodiscard]] auto hadamard(window_t w, gram<T, B, Phi> kernel) {
-  return hadamard(window_mask<T, B>{w.size}, std::move(kernel));
+  return hadamard(window_mask<accum_t<T>, B>{w.size}, std::move(kernel));
 }
 
 namespace detail {
@@ -135,7 +135,7 @@ inline constexpr bool is_gram<gram<T, B, Phi>> = true;
 }  // namespace detail
 
 /// The mask comes first: refused with a sentence.
-template <Real T, Backend B, class Phi, class L>
+template <Floating T, Backend B, class Phi, class L>
 requires(!detail::is_gram<L>) auto hadamard(gram<T, B, Phi> kernel, L mask)
     -> decltype(hadamard(std::move(mask), std::move(kernel))) {
   static_assert(!std::same_as<L, L>,
@@ -205,7 +205,7 @@ struct with_diagonal {
   using algorithms = typename M::algorithms;
 
   M inner;
-  tensor<value_type, 1, backend> d;  // (H)
+  tensor<accum_t<value_type>, 1, backend> d;  // (H)
   sequence_layout layout{};
 
   [[nodiscard]] index_t batch() const { return inner.batch(); }
@@ -242,19 +242,19 @@ struct with_diagonal {
   }
 };
 
-template <Real T, Backend B>
+template <Floating T, Backend B>
 struct diagonal_term {
   tensor<T, 1, B> d;
 };
 /// diag(D_h), to be added to a mixer. @param d  (H)
-template <Real T, Backend B>
+template <Floating T, Backend B>
 [[nodiscard]] diagonal_term<T, B> diagonal(const tensor<T, 1, B>& d) {
   return {d};
 }
 /// @throws shape_error  the head counts do not fit.
 template <MatrixMixer M>
 [[nodiscard]] with_diagonal<M> operator+(
-    M m, diagonal_term<typename M::value_type, typename M::backend> term) {
+    M m, diagonal_term<accum_t<typename M::value_type>, typename M::backend> term) {
   detail::join_heads("mixer + diagonal(D)", m.heads(), term.d.extent(0));
   sequence_layout layout = m.layout;
   return {std::move(m), std::move(term.d), std::move(layout)};

@@ -51,7 +51,7 @@ template <class L>
 
 /// 1 where s <= t: as a mask of hadamard it makes linear attention, added to a gram matrix
 /// (`Q * transpose(K) + causal`) it makes causal softmax attention.
-template <Real T = float, Backend B = cpu>
+template <Floating T = float, Backend B = cpu>
 struct causal_mask {
   using value_type = T;
   using backend = B;
@@ -91,7 +91,7 @@ struct window_t {
 
 /// 1 where t - size < s <= t: hadamard(window(w), Q * transpose(K)) is linear attention over the
 /// last w tokens.
-template <Real T = float, Backend B = cpu>
+template <Floating T = float, Backend B = cpu>
 struct window_mask {
   using value_type = T;
   using backend = B;
@@ -116,7 +116,7 @@ struct window_mask {
 
 /// L[t, s] = gamma_h^(t - s), s <= t: the decay of retention, one number a head in (0, 1].
 /// @source Sun et al. 2023, arXiv:2307.08621, eq. 5.
-template <Real T, Backend B = cpu>
+template <Floating T, Backend B = cpu>
 struct decay_mask {
   using value_type = T;
   using backend = B;
@@ -144,7 +144,7 @@ struct decay_mask {
 };
 
 /// The decay mask of retention. @param gamma  (H), in (0, 1].
-template <Real T, Backend B>
+template <Floating T, Backend B>
 [[nodiscard]] decay_mask<T, B> decay(const tensor<T, 1, B>& gamma) {
   return {gamma};
 }
@@ -154,7 +154,7 @@ template <Real T, Backend B>
 ///     L[t, s] = exp(log_a[s+1] + ... + log_a[t]) * weight[s]   for t >= s,     0   for t < s
 ///
 /// weight (absent: 1) scales columns; Mamba-2 passes the step size Delta.
-template <Real T, Backend B = cpu>
+template <Floating T, Backend B = cpu>
 struct semiseparable_mask {
   using value_type = T;
   using backend = B;
@@ -192,12 +192,12 @@ struct semiseparable_mask {
 /// @throws shape_error  the weight has another shape.
 /// @cost   O(1); nothing is evaluated.
 /// @source Dao and Gu 2024, arXiv:2405.21060, section 3.2 (1-SS matrices).
-template <Real T, int R, Backend B>
+template <Floating T, int R, Backend B>
 [[nodiscard]] semiseparable_mask<T, B> semiseparable(const tensor<T, R, B>& log_a) {
   return {detail::promote_scalar(log_a), {}};
 }
 /// With a weight per column. @param weight  as log_a.
-template <Real T, int R, Backend B>
+template <Floating T, int R, Backend B>
 [[nodiscard]] semiseparable_mask<T, B> semiseparable(const tensor<T, R, B>& log_a,
                                                      const tensor<T, R, B>& weight) {
   if (log_a.extents() != weight.extents()) {
@@ -209,7 +209,7 @@ template <Real T, int R, Backend B>
 }
 
 /// The causal Toeplitz mask L[t, s] = kernel[h, t - s] for t >= s.
-template <Real T, Backend B = cpu>
+template <Floating T, Backend B = cpu>
 struct toeplitz_mask {
   using value_type = T;
   using backend = B;
@@ -248,7 +248,7 @@ struct toeplitz_mask {
 ///                d places before. The length is checked when the mask meets its tokens; for a
 ///                packed batch that is longer than the kernel, pack Q * transpose(K) before it is
 ///                masked.
-template <Real T, int R, Backend B>
+template <Floating T, int R, Backend B>
 [[nodiscard]] toeplitz_mask<T, B> toeplitz(const tensor<T, R, B>& kernel) {
   static_assert(R <= 2, "ssm: a Toeplitz kernel is (head, distance) or (distance)");
   if constexpr (R == 2) {

@@ -56,7 +56,7 @@ struct mix {
 /// @return (like X) lazily; H is the larger head count.
 /// @throws shape_error  batch, length or heads do not fit, or a sequence is longer than a mask
 /// goes.
-template <MatrixMixer M, Real T, int R, Backend B>
+template <MatrixMixer M, Floating T, int R, Backend B>
 [[nodiscard]] mix<M, R> operator*(M mixer, const tensor<T, R, B>& x) {
   static_assert(std::same_as<typename M::backend, B>,
                 "ssm: mixer * X mixes two backends; copy one operand with to<backend>(...)");
@@ -89,24 +89,24 @@ template <class E>
 ///
 /// States are (sequences, H, key size, state_features(P)). Absent tensors mean: start from zero,
 /// do not return the final state, keep no snapshots. `initial` and `final` may be one tensor.
-template <Real T, Backend B = cpu>
+template <Floating T, Backend B = cpu>
 struct carry {
-  tensor<T, 4, B> initial;
-  tensor<T, 4, B> final;
+  tensor<accum_t<T>, 4, B> initial;
+  tensor<accum_t<T>, 4, B> final;
 
   /// A ring of states for rollback: the state *before* the token at position p of sequence i goes
   /// to row (p mod slots) * sequences + i. Only alg::recurrent writes it.
-  tensor<T, 4, B> snapshots;
+  tensor<accum_t<T>, 4, B> snapshots;
   index_t slots = 0;
   const index_t* first_position = nullptr;  // per sequence
 };
 
 /// The same for a vector-Jacobian product.
-template <Real T, Backend B = cpu>
+template <Floating T, Backend B = cpu>
 struct carry_gradient {
-  tensor<T, 4, B> initial;    ///< read: the forward call's initial state, or absent
-  tensor<T, 4, B> d_final;    ///< read: gradient of the final state, or absent
-  tensor<T, 4, B> d_initial;  ///< added to: gradient of the initial state, or absent
+  tensor<accum_t<T>, 4, B> initial;    ///< read: the forward call's initial state, or absent
+  tensor<accum_t<T>, 4, B> d_final;    ///< read: gradient of the final state, or absent
+  tensor<accum_t<T>, 4, B> d_initial;  ///< added to: gradient of the initial state, or absent
 };
 
 }  // namespace ssm

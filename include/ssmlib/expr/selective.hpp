@@ -15,17 +15,17 @@ namespace ssm {
 /// as a matrix: entry (t, s) is sum_n C_t[n] exp(A[d, n] (delta_{s+1} + ... + delta_t)) B_s[n]
 /// delta_s. Channels are heads of width 1, and the state of a channel is its N numbers.
 /// @source Gu and Dao 2023, arXiv:2312.00752, section 3.
-template <Real T, Backend B = cpu>
+template <Floating T, Backend B = cpu>
 struct selective_mixer {
   using value_type = T;
   using backend = B;
   using structure = structure::semiseparable;
   using algorithms = alg_list<alg::scan, alg::recurrent, alg::quadratic>;
 
-  tensor<T, 3, B> delta;  // (b, T, D)
-  tensor<T, 2, B> a;      // (D, N)
-  tensor<T, 4, B> c;      // (b, T, Gc, N)
-  tensor<T, 4, B> b;      // (b, T, Gb, N)
+  tensor<T, 3, B> delta;       // (b, T, D)
+  tensor<accum_t<T>, 2, B> a;  // (D, N)
+  tensor<T, 4, B> c;           // (b, T, Gc, N)
+  tensor<T, 4, B> b;           // (b, T, Gb, N)
   sequence_layout layout{};
 
   [[nodiscard]] index_t batch() const { return delta.extent(0); }
@@ -71,9 +71,10 @@ struct selective_mixer {
 ///               d * G / D
 /// @throws shape_error  batch, length, channels, groups or state sizes do not fit.
 /// @cost   O(1); nothing is evaluated.
-template <Real T, int Rd, int Rc, int Rb, Backend B>
+template <Floating T, int Rd, int Rc, int Rb, Backend B>
 [[nodiscard]] selective_mixer<T, B> selective(const tensor<T, Rd, B>& delta,
-                                              const tensor<T, 2, B>& a, const tensor<T, Rc, B>& c,
+                                              const tensor<accum_t<T>, 2, B>& a,
+                                              const tensor<T, Rc, B>& c,
                                               const tensor<T, Rb, B>& b) {
   static_assert(Rd == 2 || Rd == 3, "ssm: selective: delta is (batch, time, channel)");
   selective_mixer<T, B> m{detail::promote_scalar(delta), a, detail::promote(c), detail::promote(b)};
@@ -99,7 +100,7 @@ template <Real T, int Rd, int Rc, int Rb, Backend B>
 
 /// (b, T, D) -> (b, T, D, 1), (T, D) -> (1, T, D, 1): every channel a head of width 1, sharing the
 /// elements. What a selective scan multiplies.
-template <Real T, int R, Backend B>
+template <Floating T, int R, Backend B>
 [[nodiscard]] tensor<T, 4, B> channels(const tensor<T, R, B>& u) {
   static_assert(R == 2 || R == 3, "ssm: channels(u): u is (batch, time, channel)");
   const tensor<T, 3, B> u3 = detail::promote_scalar(u);

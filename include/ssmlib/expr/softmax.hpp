@@ -13,24 +13,24 @@
 namespace ssm {
 
 /// A gram matrix with an additive 0 / -infinity mask, on its way into softmax.
-template <Real T, Backend B>
+template <Floating T, Backend B>
 struct masked_logits {
   gram<T, B> logits;
   bool is_causal;
   index_t window;  // 0: none
 };
 
-template <Real T, Backend B>
+template <Floating T, Backend B>
 [[nodiscard]] masked_logits<T, B> operator+(gram<T, B> g, causal_t) {
   return {std::move(g), true, 0};
 }
-template <Real T, Backend B>
+template <Floating T, Backend B>
 [[nodiscard]] masked_logits<T, B> operator+(gram<T, B> g, window_t w) {
   return {std::move(g), true, w.size};
 }
 
 /// A second mask is refused with a sentence.
-template <Real T, Backend B, class Mask>
+template <Floating T, Backend B, class Mask>
 requires std::same_as<Mask, causal_t> || std::same_as<Mask, window_t> masked_logits<T, B>
 operator+(masked_logits<T, B> logits, Mask) {
   static_assert(!std::same_as<Mask, Mask>,
@@ -41,7 +41,7 @@ operator+(masked_logits<T, B> logits, Mask) {
 
 /// Softmax attention: rows of exp(alpha q_t . k_s) over the tokens s that the mask keeps, divided
 /// by their sum. Not recurrent in fixed memory: its state is the keys and values so far.
-template <Real T, Backend B = cpu>
+template <Floating T, Backend B = cpu>
 struct softmax_mixer {
   using value_type = T;
   using backend = B;
@@ -103,12 +103,12 @@ struct softmax_mixer {
 ///
 /// @return (T x T) structure::softmax_dense; algorithms tiled, quadratic
 /// @source Vaswani et al. 2017; tiling: Dao et al. 2022, arXiv:2205.14135.
-template <Real T, Backend B>
+template <Floating T, Backend B>
 [[nodiscard]] softmax_mixer<T, B> softmax(masked_logits<T, B> l) {
   sequence_layout layout = l.logits.layout;
   return {std::move(l.logits), l.is_causal, l.window, std::move(layout)};
 }
-template <Real T, Backend B>
+template <Floating T, Backend B>
 [[nodiscard]] softmax_mixer<T, B> softmax(gram<T, B> g) {
   sequence_layout layout = g.layout;
   return {std::move(g), false, 0, std::move(layout)};

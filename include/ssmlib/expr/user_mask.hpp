@@ -109,7 +109,7 @@ template <MultiplyMask U>
 }
 
 /// L o (Q K^T) for a mask of your own. @return structure::masked_low_rank: structured, quadratic.
-template <MultiplyMask U, Real T, Backend B, class Phi>
+template <MultiplyMask U, Floating T, Backend B, class Phi>
 [[nodiscard]] masked_gram<user_mask<U>, T, B, Phi> hadamard(U mask, gram<T, B, Phi> kernel) {
   return hadamard(mask_node(std::move(mask)), std::move(kernel));
 }

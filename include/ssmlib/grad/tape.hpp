@@ -3,7 +3,6 @@
 #include <ssmlib/lower/evaluate.hpp>
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
 #include <string_view>
 #include <unordered_map>
@@ -20,7 +19,7 @@ namespace ssm {
 ///
 /// An entry keeps what it captured (tensors, by count) until it has run. A null tape* means
 /// inference: the same code, nothing saved.
-template <Real T, Backend B = cpu>
+template <Floating T, Backend B = cpu>
 class tape {
  public:
   tape() = default;
@@ -29,24 +28,24 @@ class tape {
 
   /// Wants the gradient of a parameter. It accumulates over backward() calls until
   /// zero_gradients().
-  template <int R>
-  void watch(const tensor<T, R, B>& parameter) {
+  template <Element U, int R>
+  void watch(const tensor<U, R, B>& parameter) {
     slots_[parameter.storage().id()] = {parameter.storage(), {}, true};
   }
-  template <int R>
-  void unwatch(const tensor<T, R, B>& parameter) {
+  template <Element U, int R>
+  void unwatch(const tensor<U, R, B>& parameter) {
     slots_.erase(parameter.storage().id());
   }
 
   /// Whether any gradient through t is wanted.
-  template <int R>
-  [[nodiscard]] bool wants(const tensor<T, R, B>& t) const {
+  template <Element U, int R>
+  [[nodiscard]] bool wants(const tensor<U, R, B>& t) const {
     return t && slots_.contains(t.storage().id());
   }
 
   /// The gradient of t so far, to read or to add to; absent if it is not wanted.
-  template <int R>
-  [[nodiscard]] tensor<T, R, B> gradient(const tensor<T, R, B>& t) {
+  template <Element U, int R>
+  [[nodiscard]] tensor<U, R, B> gradient(const tensor<U, R, B>& t) {
     if (!t) return {};
     const auto found = slots_.find(t.storage().id());
     if (found == slots_.end()) return {};
@@ -55,17 +54,17 @@ class tape {
 
   /// Appends an entry for `output`: backward() will run `add_gradients`, which reads
   /// gradient(output) and adds to the gradients of what it captured.
-  template <int R, class F>
-  void record(const tensor<T, R, B>& output, F add_gradients) {
+  template <Element U, int R, class F>
+  void record(const tensor<U, R, B>& output, F add_gradients) {
     record_outputs(std::move(add_gradients), output);
   }
 
   /// Appends one entry for several outputs: it is run if any of them has a gradient. The gradient
   /// of an output that nobody used is zero.
-  template <class F, int... R>
-  void record_outputs(F add_gradients, const tensor<T, R, B>&... outputs) {
+  template <class F, class... Tensors>
+  void record_outputs(F add_gradients, const Tensors&... outputs) {
     (slots_.try_emplace(outputs.storage().id(), slot{outputs.storage(), {}, false}), ...);
-    entries_.push_back({{outputs.storage().id()...}, std::move(add_gradients)});
+    entries_.push_back({{outputs.storage().id()...}, std::move(add_gradients), B::current()});
   }
 
   /// Runs the entries from the last to the first and drops them. Seed the result first, by filling
@@ -82,7 +81,10 @@ class tape {
         const auto found = slots_.find(output);
         return found != slots_.end() && found->second.gradient.id() != nullptr;
       });
-      if (reached) last.run();
+      if (reached) {
+        const typename B::scope scope(last.context);
+        last.run();
+      }
       // Entries are run in reverse, so nobody else reads these gradients.
       for (const void* output : last.outputs) {
         const auto found = slots_.find(output);
@@ -98,7 +100,7 @@ class tape {
   }
   void zero_gradients() {
     for (auto& [id, s] : slots_) {
-      if (s.gradient.id() != nullptr) std::memset(s.gradient.data(), 0, s.gradient.bytes());
+      if (s.gradient.id() != nullptr) detail::elements<B>::zero(s.gradient);
     }
   }
 
@@ -111,12 +113,13 @@ class tape {
   struct entry {
     std::vector<const void*> outputs;
     std::function<void()> run;
+    [[no_unique_address]] decltype(B::current()) context;
   };
 
   const buffer<B>& gradient_buffer(slot& s) {
     if (s.gradient.id() == nullptr) {
       s.gradient = buffer<B>(s.value.bytes());
-      std::memset(s.gradient.data(), 0, s.gradient.bytes());
+      detail::elements<B>::zero(s.gradient);
     }
     return s.gradient;
   }
@@ -132,18 +135,17 @@ concept Differentiable = requires(E& e) {
   E::operands(e, [](std::string_view, auto&, operand) {});
 };
 
-/// Evaluates e, and records its vector-Jacobian product when t is not null and any operand's
-/// gradient is wanted.
-template <Differentiable E>
-[[nodiscard]] auto eval(const E& e, tape<typename E::value_type>* t,
-                        const cpu::context& ctx = default_context<cpu>()) {
-  auto y = eval(e, ctx);
-  if (t == nullptr) return y;
+namespace detail {
+/// y = e has been evaluated: records the vector-Jacobian product of e if it is wanted.
+template <Differentiable E, class Tensor, Floating T>
+void record_expression(const E& e, const Tensor& y, tape<T, typename E::backend>* t,
+                       const typename E::backend::context& ctx) {
+  if (t == nullptr) return;
   bool wanted = false;
   E::operands(e, [&](std::string_view, const auto& tensor, operand) {
     if constexpr (requires { t->wants(tensor); }) wanted = wanted || t->wants(tensor);
   });
-  if (!wanted) return y;
+  if (!wanted) return;
   t->record(y, [e, y, t, &ctx] {
     E gradients = e;
     E::operands(gradients, [&](std::string_view, auto& tensor, operand) {
@@ -155,16 +157,38 @@ template <Differentiable E>
     });
     vjp_into(e, t->gradient(y), gradients, ctx);
   });
+}
+}  // namespace detail
+
+/// Evaluates e, and records its vector-Jacobian product when t is not null and any operand's
+/// gradient is wanted.
+template <Differentiable E, Floating T>
+[[nodiscard]] auto eval(
+    const E& e, tape<T, typename E::backend>* t,
+    const typename E::backend::context& ctx = default_context<typename E::backend>()) {
+  const typename E::backend::scope scope(ctx);
+  auto y = eval(e, ctx);
+  detail::record_expression(e, y, t, ctx);
+  return y;
+}
+/// The same for an elementwise expression, rounded to another element type.
+template <Floating To, Differentiable E, Floating T>
+[[nodiscard]] auto eval_as(
+    const E& e, tape<T, typename E::backend>* t,
+    const typename E::backend::context& ctx = default_context<typename E::backend>()) {
+  const typename E::backend::scope scope(ctx);
+  auto y = eval_as<To>(e, ctx);
+  detail::record_expression(e, y, t, ctx);
   return y;
 }
 
 /// y = f(x, tape) without keeping what f saves: the backward pass runs f again. For layers whose
 /// activations do not fit.
-/// @param f  T(const tensor<T, R>&, tape<T>*), the same result each time
+/// @param f  T(const tensor<T, R, B>&, tape<T, B>*), the same result each time
 /// @cost  one more forward pass of f; memory: x and y.
-template <Real T, int R, class F>
-[[nodiscard]] auto checkpoint(const tensor<T, R>& x, tape<T>* t, F f) {
-  auto y = f(x, static_cast<tape<T>*>(nullptr));
+template <Floating T, Backend B, int R, class F>
+[[nodiscard]] auto checkpoint(const tensor<T, R, B>& x, tape<T, B>* t, F f) {
+  auto y = f(x, static_cast<tape<T, B>*>(nullptr));
   if (t == nullptr) return y;
   t->record(y, [x, y, t, f] {
     const std::size_t mark = t->mark();

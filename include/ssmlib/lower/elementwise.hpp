@@ -239,6 +239,17 @@ template <ElementwiseExpression E>
   return out;
 }
 
+/// The same; on backends that compute from bf16, rounded to an element type.
+template <Floating To, ElementwiseExpression E>
+requires std::same_as<typename E::backend, cpu>
+[[nodiscard]] tensor<To, E::rank> eval_as(const E& e,
+                                          const cpu::context& ctx = default_context<cpu>()) {
+  static_assert(std::same_as<To, typename E::value_type>,
+                "ssm: on the CPU an expression has the element type of its operands, and float for "
+                "bf16; convert the result with cast");
+  return eval(e, ctx);
+}
+
 /// Evaluates into a given tensor, which may be an operand: `assign(x, x * scale + bias)`. Where it
 /// overlaps an operand at other places, the result is computed aside and copied.
 /// @throws shape_error  the destination has another shape.

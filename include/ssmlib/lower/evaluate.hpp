@@ -51,7 +51,7 @@ void with_concrete_algorithm(const E& e, F&& f) {
   }
 }
 
-template <int R, Real T, Backend B>
+template <int R, Floating T, Backend B>
 [[nodiscard]] tensor<T, R, B> demote(const tensor<T, 4, B>& t) {
   if constexpr (R == 4) {
     return t;
@@ -66,14 +66,18 @@ template <int R, Real T, Backend B>
 
 /// y = M x, into a given (b, T, H, P) tensor, with a state in and out where the mixer has one.
 template <MatrixMixer M, int R, class Alg>
-void eval_into(const mix<M, R, Alg>& e, const tensor<typename M::value_type, 4>& y,
-               const carry<typename M::value_type>& c = {},
-               const cpu::context& ctx = default_context<cpu>()) {
+void eval_into(const mix<M, R, Alg>& e,
+               const tensor<typename M::value_type, 4, typename M::backend>& y,
+               const carry<typename M::value_type, typename M::backend>& c = {},
+               const typename M::backend::context& ctx = default_context<typename M::backend>()) {
+  static_assert(!std::same_as<typename M::backend, cpu> || Real<typename M::value_type>,
+                "ssm: the CPU computes in float and double; convert the operands with cast<float>");
   if (y.extents() != e.extents()) {
     throw shape_error("ssm: eval_into: the result is " + to_string<4>(e.extents()) +
                       ", the destination is " + to_string<4>(y.extents()) + "; wanted the same");
   }
   if (y.size() == 0 && !c.final) return;
+  const typename M::backend::scope scope(ctx);
   detail::with_concrete_algorithm(e, [&](auto algorithm) {
     static_assert(
         requires { apply_mixer(ctx, algorithm, e.mixer, e.x, y, c); },
@@ -86,26 +90,31 @@ void eval_into(const mix<M, R, Alg>& e, const tensor<typename M::value_type, 4>&
 /// Evaluates mixer * X. @return (b, T, H, P), or of X's rank.
 /// @cost that of the algorithm; the result is a new tensor.
 template <MatrixMixer M, int R, class Alg>
-[[nodiscard]] tensor<typename M::value_type, R> eval(
-    const mix<M, R, Alg>& e, const cpu::context& ctx = default_context<cpu>()) {
-  tensor<typename M::value_type, 4> y(e.extents());
+[[nodiscard]] tensor<typename M::value_type, R, typename M::backend> eval(
+    const mix<M, R, Alg>& e,
+    const typename M::backend::context& ctx = default_context<typename M::backend>()) {
+  const typename M::backend::scope scope(ctx);
+  tensor<typename M::value_type, 4, typename M::backend> y(e.extents());
   eval_into(e, y, {}, ctx);
   return detail::demote<R>(y);
 }
 
-template <Real T>
+template <Floating T, Backend B = cpu>
 struct eval_with_state_result {
-  tensor<T, 4> y;            ///< (b, T, H, P)
-  tensor<T, 4> final_state;  ///< (sequences, H, key size, state features)
+  tensor<T, 4, B> y;                     ///< (b, T, H, P)
+  tensor<accum_t<T>, 4, B> final_state;  ///< (sequences, H, key size, state features)
 };
 
 /// Evaluates mixer * X from an initial state and returns the final one too.
 /// @param initial  (sequences, H, key size, state_features(P)), or absent for zero
 template <RecurrentMixer M, int R, class Alg>
-[[nodiscard]] eval_with_state_result<typename M::value_type> eval_with_state(
-    const mix<M, R, Alg>& e, const tensor<typename M::value_type, 4>& initial,
-    const cpu::context& ctx = default_context<cpu>()) {
+[[nodiscard]] eval_with_state_result<typename M::value_type, typename M::backend> eval_with_state(
+    const mix<M, R, Alg>& e,
+    const tensor<accum_t<typename M::value_type>, 4, typename M::backend>& initial,
+    const typename M::backend::context& ctx = default_context<typename M::backend>()) {
   using T = typename M::value_type;
+  using B = typename M::backend;
+  const typename B::scope scope(ctx);
   const shape<4> wanted{layout_of(e.mixer).sequences(), e.heads(), e.mixer.key_size(),
                         e.mixer.state_features(e.x.extent(3))};
   if (initial && initial.extents() != wanted) {
@@ -113,7 +122,7 @@ template <RecurrentMixer M, int R, class Alg>
                       to_string<4>(initial.extents()) + ", wanted " + to_string<4>(wanted) +
                       ", (sequences x heads x key size x features)");
   }
-  eval_with_state_result<T> r{tensor<T, 4>(e.extents()), tensor<T, 4>(wanted)};
+  eval_with_state_result<T, B> r{tensor<T, 4, B>(e.extents()), tensor<accum_t<T>, 4, B>(wanted)};
   eval_into(e, r.y, {initial, r.final_state, {}, 0, nullptr}, ctx);
   return r;
 }
@@ -122,9 +131,12 @@ template <RecurrentMixer M, int R, class Alg>
 /// whose tensors are gradients; absent tensors are not computed.
 /// @throws shape_error  dy is not of the result's shape.
 template <MatrixMixer M, int R, class Alg>
-void vjp_into(const mix<M, R, Alg>& e, const tensor<typename M::value_type, 4>& dy,
-              mix<M, R, Alg>& gradients, const carry_gradient<typename M::value_type>& c,
-              const cpu::context& ctx = default_context<cpu>()) {
+void vjp_into(const mix<M, R, Alg>& e,
+              const tensor<typename M::value_type, 4, typename M::backend>& dy,
+              mix<M, R, Alg>& gradients,
+              const carry_gradient<typename M::value_type, typename M::backend>& c,
+              const typename M::backend::context& ctx = default_context<typename M::backend>()) {
+  const typename M::backend::scope scope(ctx);
   if (dy.extents() != e.extents()) {
     throw shape_error("ssm: vjp: the result is " + to_string<4>(e.extents()) + ", dy is " +
                       to_string<4>(dy.extents()) + "; wanted the same");
@@ -144,17 +156,20 @@ void vjp_into(const mix<M, R, Alg>& e, const tensor<typename M::value_type, 4>& 
 }
 
 template <MatrixMixer M, int R, class Alg>
-void vjp_into(const mix<M, R, Alg>& e, const tensor<typename M::value_type, R>& dy,
-              mix<M, R, Alg>& gradients, const cpu::context& ctx) {
-  vjp_into(e, detail::promote(dy), gradients, carry_gradient<typename M::value_type>{}, ctx);
+void vjp_into(const mix<M, R, Alg>& e,
+              const tensor<typename M::value_type, R, typename M::backend>& dy,
+              mix<M, R, Alg>& gradients, const typename M::backend::context& ctx) {
+  vjp_into(e, detail::promote(dy), gradients,
+           carry_gradient<typename M::value_type, typename M::backend>{}, ctx);
 }
 
 /// The vector-Jacobian product of mixer * X: an expression of the same type whose tensors are the
 /// gradients of sum(dy * y), for example `g.mixer.kernel.q` and `g.x`.
 template <MatrixMixer M, int R, class Alg>
-[[nodiscard]] mix<M, R, Alg> vjp(const mix<M, R, Alg>& e,
-                                 const tensor<typename M::value_type, R>& dy,
-                                 const cpu::context& ctx = default_context<cpu>()) {
+[[nodiscard]] mix<M, R, Alg> vjp(
+    const mix<M, R, Alg>& e, const tensor<typename M::value_type, R, typename M::backend>& dy,
+    const typename M::backend::context& ctx = default_context<typename M::backend>()) {
+  const typename M::backend::scope scope(ctx);
   mix<M, R, Alg> gradients = zeros_like(e);
   vjp_into(e, dy, gradients, ctx);
   return gradients;

@@ -8,20 +8,20 @@ namespace ssm::detail {
 /// The gradient of an operand (b, T, G, ...) that serves H heads, for kernels whose tasks are
 /// heads: (tokens, H, ...), each head's own. Where H > G it is a zeroed stand-in, and finish() adds
 /// the heads of a group in order. Absent stays absent.
-template <Real T, int R>
+template <Floating T, int R, Backend B = cpu>
 class head_gradients {
  public:
-  head_gradients(const tensor<T, R>& target, index_t heads) : tokens_(target) {
+  head_gradients(const tensor<T, R, B>& target, index_t heads) : tokens_(target) {
     if (!target || target.extent(2) == heads) {
       rows_ = tokens_.get();
       return;
     }
     auto extents = tokens_.get().extents();
     extents[1] = heads;
-    rows_ = tensor<T, R - 1>::zeros(extents);
+    rows_ = tensor<T, R - 1, B>::zeros(extents);
     stands_in_ = true;
   }
-  [[nodiscard]] const tensor<T, R - 1>& get() const { return rows_; }
+  [[nodiscard]] const tensor<T, R - 1, B>& get() const { return rows_; }
   void finish() const {
     if (stands_in_) {
       const index_t heads = rows_.extent(1), groups = tokens_.get().extent(1);
@@ -34,33 +34,34 @@ class head_gradients {
   }
 
  private:
-  output_tokens<T, R> tokens_;
-  tensor<T, R - 1> rows_;
+  output_tokens<T, R, B> tokens_;
+  tensor<T, R - 1, B> rows_;
   bool stands_in_ = false;
 };
 
 /// A result (b, T, H, P) for kernels that overwrite (tokens, H, P): the tensor itself, or a
 /// stand-in that finish() copies back where its strides do not allow it.
-template <Real T>
+template <Floating T, Backend B = cpu>
 class result_tokens {
  public:
-  explicit result_tokens(const tensor<T, 4>& target)
-      : target_(target), whole_(is_token_major(target) ? target : tensor<T, 4>(target.extents())) {
+  explicit result_tokens(const tensor<T, 4, B>& target)
+      : target_(target),
+        whole_(is_token_major(target) ? target : tensor<T, 4, B>(target.extents())) {
     rows_ = whole_.template reshape<3>(merge_batch(whole_.extents()));
   }
-  [[nodiscard]] const tensor<T, 3>& get() const { return rows_; }
+  [[nodiscard]] const tensor<T, 3, B>& get() const { return rows_; }
   void finish() const {
     if (whole_.data() != target_.data()) target_.copy_from(whole_);
   }
 
  private:
-  tensor<T, 4> target_, whole_;
-  tensor<T, 3> rows_;
+  tensor<T, 4, B> target_, whole_;
+  tensor<T, 3, B> rows_;
 };
 
 /// For algorithms that do not see every state.
-template <Real T>
-void refuse_snapshots(const carry<T>& c) {
+template <Floating T, Backend B>
+void refuse_snapshots(const carry<T, B>& c) {
   if (c.snapshots) {
     throw value_error(
         "ssm: only alg::recurrent keeps snapshots of the state; use it, or advance()");

@@ -43,17 +43,17 @@ void roll_back_each(state_positions& positions, std::span<const index_t> n, F f)
   return std::vector<index_t>(static_cast<std::size_t>(sequences), n);
 }
 
-template <Real T, int R>
-[[nodiscard]] bool equal_elements(const tensor<T, R>& a, const tensor<T, R>& b) {
+template <Floating T, Backend B, int R>
+[[nodiscard]] bool equal_elements(const tensor<T, R, B>& a, const tensor<T, R, B>& b) {
   if (a.extents() != b.extents()) return false;
   bool same = true;
-  a.zip_with(b, [&](const T& x, const T& y) { same = same && x == y; });
+  on_host(a).zip_with(on_host(b), [&](const T& x, const T& y) { same = same && x == y; });
   return same;
 }
 
 /// (b, T, ...) -> (1, tokens, ...)
-template <Real T, int R>
-[[nodiscard]] tensor<T, R> as_packed(const tensor<T, R>& t) {
+template <Floating T, Backend B, int R>
+[[nodiscard]] tensor<T, R, B> as_packed(const tensor<T, R, B>& t) {
   shape<R> extents = t.extents();
   extents[1] *= extents[0];
   extents[0] = 1;
@@ -83,16 +83,16 @@ template <MatrixMixer M, int R, class Alg>
 /// type and sizes may advance it, so that linear attention, say, can go on by retention. Take care
 /// that this is meant; a model_state does know its model.
 /// @cost memory (1 + max_rollback) * sequences * H * N * features
-template <Real T>
+template <Floating T, Backend B = cpu>
 class matrix_state {
  public:
   matrix_state() = default;
   matrix_state(index_t sequences, index_t heads, index_t key_size, index_t features,
                index_t max_rollback)
       : positions_(sequences, max_rollback),
-        value_(tensor<T, 4>::zeros(sequences, heads, key_size, features)) {
+        value_(tensor<accum_t<T>, 4, B>::zeros(sequences, heads, key_size, features)) {
     if (max_rollback > 0) {
-      snapshots_ = tensor<T, 4>(max_rollback * sequences, heads, key_size, features);
+      snapshots_ = tensor<accum_t<T>, 4, B>(max_rollback * sequences, heads, key_size, features);
     }
   }
   matrix_state(const matrix_state& other)
@@ -112,7 +112,7 @@ class matrix_state {
   [[nodiscard]] index_t max_rollback() const { return positions_.max_rollback(); }
   [[nodiscard]] index_t can_roll_back(index_t i) const { return positions_.undoable(i); }
   /// (sequences, H, key size, features)
-  [[nodiscard]] const tensor<T, 4>& value() const { return value_; }
+  [[nodiscard]] const tensor<accum_t<T>, 4, B>& value() const { return value_; }
 
   /// Undoes the last n tokens. @throws value_error  more than can be undone; nothing changes then.
   void rollback(index_t n) { rollback(detail::same_count(sequences(), n)); }
@@ -133,26 +133,25 @@ class matrix_state {
   }
 
   template <RecurrentMixer M, int R, class Alg>
-  friend tensor<typename M::value_type, R> advance(const mix<M, R, Alg>& e,
-                                                   matrix_state<typename M::value_type>& state,
-                                                   const cpu::context& ctx);
+  friend tensor<typename M::value_type, R, typename M::backend> advance(
+      const mix<M, R, Alg>& e, matrix_state<typename M::value_type, typename M::backend>& state,
+      const typename M::backend::context& ctx);
 
  private:
-  [[nodiscard]] carry<T> whole() const {
+  [[nodiscard]] carry<T, B> whole() const {
     return {value_, value_, snapshots_, max_rollback(), positions_.all().data()};
   }
 
   detail::state_positions positions_;
-  tensor<T, 4> value_;
-  tensor<T, 4> snapshots_;
+  tensor<accum_t<T>, 4, B> value_;
+  tensor<accum_t<T>, 4, B> snapshots_;
 };
 
 /// A state for mixer * X with `sequences` sequences, empty.
 /// @param prototype  any product of the type and feature sizes that will be advanced
 template <RecurrentMixer M, int R, class Alg>
-[[nodiscard]] matrix_state<typename M::value_type> make_state(const mix<M, R, Alg>& prototype,
-                                                              index_t sequences,
-                                                              index_t max_rollback = 0) {
+[[nodiscard]] matrix_state<typename M::value_type, typename M::backend> make_state(
+    const mix<M, R, Alg>& prototype, index_t sequences, index_t max_rollback = 0) {
   return {sequences, prototype.heads(), prototype.mixer.key_size(),
           prototype.mixer.state_features(prototype.x.extent(3)), max_rollback};
 }
@@ -165,10 +164,12 @@ template <RecurrentMixer M, int R, class Alg>
 /// @return the rows that one pass over everything would give
 /// @throws shape_error  another number of sequences, heads or features than the state has.
 template <RecurrentMixer M, int R, class Alg>
-[[nodiscard]] tensor<typename M::value_type, R> advance(
-    const mix<M, R, Alg>& e, matrix_state<typename M::value_type>& state,
-    const cpu::context& ctx = default_context<cpu>()) {
+[[nodiscard]] tensor<typename M::value_type, R, typename M::backend> advance(
+    const mix<M, R, Alg>& e, matrix_state<typename M::value_type, typename M::backend>& state,
+    const typename M::backend::context& ctx = default_context<typename M::backend>()) {
   using T = typename M::value_type;
+  using B = typename M::backend;
+  const typename B::scope scope(ctx);
   const sequence_layout layout = layout_of(e.mixer);
   state.positions_.check_layout(layout);
   const shape<4> wanted{state.sequences(), e.heads(), e.mixer.key_size(),
@@ -178,7 +179,7 @@ template <RecurrentMixer M, int R, class Alg>
                       ", the mixer needs " + to_string<4>(wanted) +
                       ", (sequences x heads x key size x features)");
   }
-  tensor<T, 4> y(e.extents());
+  tensor<T, 4, B> y(e.extents());
   const index_t longest = layout.max_length();
   if (longest <= 16) {
     eval_into(e.with(alg::recurrent{}), y, state.whole(), ctx);
@@ -186,11 +187,11 @@ template <RecurrentMixer M, int R, class Alg>
     eval_into(e, y, state.whole(), ctx);
   } else {
     // The last max_rollback tokens of each sequence go one by one, for their snapshots.
-    const tensor<T, 4> rows = detail::as_packed(y);
+    const tensor<T, 4, B> rows = detail::as_packed(y);
     for (index_t i = 0; i < layout.sequences(); ++i) {
       const index_t begin = layout.begin(i), end = layout.end(i);
       const index_t middle = std::max(begin, end - std::max<index_t>(state.max_rollback(), 1));
-      const tensor<T, 4> value = state.value_.slice(0, i, i + 1);
+      const tensor<accum_t<T>, 4, B> value = state.value_.slice(0, i, i + 1);
       if (middle > begin) {
         eval_into(detail::slice_tokens(e, begin, middle), rows.slice(1, begin, middle),
                   {value, value, {}, 0, nullptr}, ctx);
@@ -198,7 +199,8 @@ template <RecurrentMixer M, int R, class Alg>
       if (end > middle) {
         // Rows of sequence i within the ring: one sequence of a batch of `sequences`.
         const index_t first = state.positions_[i] + (middle - begin);
-        tensor<T, 4> ring(shape<4>{state.max_rollback(), wanted[1], wanted[2], wanted[3]});
+        tensor<accum_t<T>, 4, B> ring(
+            shape<4>{state.max_rollback(), wanted[1], wanted[2], wanted[3]});
         eval_into(detail::slice_tokens(e, middle, end).with(alg::recurrent{}),
                   rows.slice(1, middle, end), {value, value, ring, state.max_rollback(), &first},
                   ctx);
@@ -224,6 +226,7 @@ template <MatrixMixer M>
 class history_state {
  public:
   using value_type = typename M::value_type;
+  using backend = typename M::backend;
 
   history_state(index_t sequences, index_t max_rollback)
       : positions_(sequences, max_rollback), tokens_(static_cast<std::size_t>(sequences)) {}
@@ -256,8 +259,8 @@ class history_state {
   }
 
   template <MatrixMixer N, int R, class Alg>
-  friend tensor<typename N::value_type, R> advance(const mix<N, R, Alg>& e, history_state<N>& state,
-                                                   const cpu::context& ctx);
+  friend tensor<typename N::value_type, R, typename N::backend> advance(
+      const mix<N, R, Alg>& e, history_state<N>& state, const typename N::backend::context& ctx);
 
  private:
   using product = mix<M, 4, alg::quadratic>;
@@ -335,16 +338,18 @@ requires(!RecurrentMixer<M>)
 
 /// @throws value_error  a token depends on one to come; the state is as it was.
 template <MatrixMixer M, int R, class Alg>
-[[nodiscard]] tensor<typename M::value_type, R> advance(
+[[nodiscard]] tensor<typename M::value_type, R, typename M::backend> advance(
     const mix<M, R, Alg>& e, history_state<M>& state,
-    const cpu::context& ctx = default_context<cpu>()) {
+    const typename M::backend::context& ctx = default_context<typename M::backend>()) {
   using T = typename M::value_type;
+  using B = typename M::backend;
+  const typename B::scope scope(ctx);
   const sequence_layout layout = layout_of(e.mixer);
   state.positions_.check_layout(layout);
   const causality known = causality_of(e.mixer);
   if (known == causality::not_causal) detail::throw_not_causal("advance");
-  tensor<T, 4> y(e.extents());
-  const tensor<T, 4> rows = detail::as_packed(y);
+  tensor<T, 4, B> y(e.extents());
+  const tensor<T, 4, B> rows = detail::as_packed(y);
   auto tokens = state.tokens_;
   for (index_t i = 0; i < layout.sequences(); ++i) {
     const index_t begin = layout.begin(i), end = layout.end(i);
@@ -359,7 +364,7 @@ template <MatrixMixer M, int R, class Alg>
     }
     const index_t before = all.x.extent(1) - (end - begin);
     if (known == causality::unknown) detail::check_no_future(all.mixer, before);
-    const tensor<T, 4> out = eval(all, ctx);
+    const tensor<T, 4, B> out = eval(all, ctx);
     rows.slice(1, begin, end).copy_from(out.slice(1, before, out.extent(1)));
     kept.assign(1, all);
   }
@@ -382,8 +387,9 @@ concept StateOf = std::convertible_to < S&,
 /// advance of a state of another mixer is refused with a sentence.
 template <MatrixMixer M, int R, class Alg, class S>
 requires(!std::is_const_v<S> && !detail::StateOf<S, mix<M, R, Alg>>)
-    tensor<typename M::value_type, R> advance(const mix<M, R, Alg>&, S&,
-                                              const cpu::context& = default_context<cpu>()) {
+    tensor<typename M::value_type, R, typename M::backend> advance(
+        const mix<M, R, Alg>&, S&,
+        const typename M::backend::context& = default_context<typename M::backend>()) {
   static_assert(detail::StateOf<S, mix<M, R, Alg>>,
                 "ssm: advance(mixer * X, state): the state is one of another kind of mixer or "
                 "element type; make it with make_state(mixer * X, sequences)");

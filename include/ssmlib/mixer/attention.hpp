@@ -15,22 +15,24 @@ namespace ssm {
 
 /// Causal softmax self-attention: MHA, GQA (kv_heads < heads) or MQA (kv_heads = 1).
 /// @source Vaswani et al. 2017; GQA: Ainslie et al. 2023, arXiv:2305.13245.
-template <Real T>
-class attention : public sequence_mixer<attention<T>, T> {
+template <Floating T, Backend B = cpu>
+class attention : public sequence_mixer<attention<T, B>, T, B> {
  public:
   attention() = default;
   /// @throws value_error  an option out of range.
   attention(const attention_options& options, std::uint64_t seed)
       : options_(detail::completed(options)) {
     const auto& o = options_;
-    q_proj = linear<T>::make(o.width, o.heads * o.head_dim, {.bias = o.bias, .seed = seed});
-    k_proj = linear<T>::make(o.width, o.kv_heads * o.head_dim, {.bias = o.bias, .seed = seed + 1});
-    v_proj = linear<T>::make(o.width, o.kv_heads * o.head_dim, {.bias = o.bias, .seed = seed + 2});
-    o_proj = linear<T>::make(o.heads * o.head_dim, o.width,
-                             {.bias = o.bias, .seed = seed + 3, .scale = o.out_scale});
+    q_proj = linear<T, B>::make(o.width, o.heads * o.head_dim, {.bias = o.bias, .seed = seed});
+    k_proj =
+        linear<T, B>::make(o.width, o.kv_heads * o.head_dim, {.bias = o.bias, .seed = seed + 1});
+    v_proj =
+        linear<T, B>::make(o.width, o.kv_heads * o.head_dim, {.bias = o.bias, .seed = seed + 2});
+    o_proj = linear<T, B>::make(o.heads * o.head_dim, o.width,
+                                {.bias = o.bias, .seed = seed + 3, .scale = o.out_scale});
   }
 
-  linear<T> q_proj, k_proj, v_proj, o_proj;
+  linear<T, B> q_proj, k_proj, v_proj, o_proj;
 
   [[nodiscard]] const attention_options& options() const { return options_; }
   [[nodiscard]] index_t width() const { return options_.width; }
@@ -45,8 +47,8 @@ class attention : public sequence_mixer<attention<T>, T> {
     visit(f, "o_proj", self.o_proj);
   }
 
-  [[nodiscard]] auto project(const pass<T>& p, const tensor<T, 3>& u, const sequence_layout& layout,
-                             conv_state<T>*) const {
+  [[nodiscard]] auto project(const pass<T, B>& p, const tensor<T, 3, B>& u,
+                             const sequence_layout& layout, conv_state<T, B>*) const {
     auto q = detail::split_heads(q_proj(p, u), options_.heads);
     auto k = detail::split_heads(k_proj(p, u), options_.kv_heads);
     const auto v = detail::split_heads(v_proj(p, u), options_.kv_heads);
@@ -60,10 +62,11 @@ class attention : public sequence_mixer<attention<T>, T> {
     auto matrix = options_.window > 0 ? softmax(logits + ssm::window(options_.window))
                                       : softmax(logits + causal);
     auto product = packed(layout, std::move(matrix)) * v;
-    return projected<decltype(product), T>{std::move(product), {}};
+    return projected<decltype(product), T, B>{std::move(product), {}};
   }
   template <class Parts>
-  [[nodiscard]] tensor<T, 3> finish(const pass<T>& p, const tensor<T, 4>& y, const Parts&) const {
+  [[nodiscard]] tensor<T, 3, B> finish(const pass<T, B>& p, const tensor<T, 4, B>& y,
+                                       const Parts&) const {
     return o_proj(p, detail::merge_heads(y));
   }
 

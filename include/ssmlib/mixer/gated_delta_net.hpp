@@ -20,30 +20,28 @@ namespace ssm {
 /// output is normalised per head, then gated by silu(z). in_proj makes [q, k, v, z, beta, a]; a
 /// causal convolution with silu runs over [q, k, v].
 /// @source Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464.
-template <Real T>
-class gated_delta_net : public sequence_mixer<gated_delta_net<T>, T> {
+template <Floating T, Backend B = cpu>
+class gated_delta_net : public sequence_mixer<gated_delta_net<T, B>, T, B> {
  public:
   gated_delta_net() = default;
   /// @throws value_error  an option out of range.
   gated_delta_net(const gated_delta_net_options& options, std::uint64_t seed)
       : options_(detail::completed(options)) {
     const auto& o = options_;
-    in_proj = linear<T>::make(o.width, conv_channels() + values() + 2 * o.heads, {.seed = seed});
-    conv1d = causal_conv1d<T>::make(conv_channels(), o.conv_width, seed + 1,
-                                    conv1d_activation::silu, /*bias=*/false);
-    dt_bias = detail::initial_dt_bias<T>(o.heads, 1e-3, 0.1, 1e-4, seed + 2);
-    a_log = uniform<T, 1>({o.heads}, 1.0, 16.0, seed + 3);
-    for (index_t h = 0; h < o.heads; ++h)
-      a_log(h) = std::log(a_log(h));
-    norm = gated_rms_norm<T>::make(values(), gate_order::norm_first,
-                                   {.eps = o.norm_epsilon, .group = o.value_dim});
-    out_proj = linear<T>::make(values(), o.width, {.seed = seed + 4, .scale = o.out_scale});
+    in_proj = linear<T, B>::make(o.width, conv_channels() + values() + 2 * o.heads, {.seed = seed});
+    conv1d = causal_conv1d<T, B>::make(conv_channels(), o.conv_width, seed + 1,
+                                       conv1d_activation::silu, /*bias=*/false);
+    dt_bias = detail::initial_dt_bias<T, B>(o.heads, 1e-3, 0.1, 1e-4, seed + 2);
+    a_log = detail::log_of_uniform<T, B>(o.heads, 1.0, 16.0, seed + 3);
+    norm = gated_rms_norm<T, B>::make(values(), gate_order::norm_first,
+                                      {.eps = o.norm_epsilon, .group = o.value_dim});
+    out_proj = linear<T, B>::make(values(), o.width, {.seed = seed + 4, .scale = o.out_scale});
   }
 
-  linear<T> in_proj, out_proj;
-  causal_conv1d<T> conv1d;      // (2 qk + values, W), no bias
-  tensor<T, 1> dt_bias, a_log;  // (H)
-  gated_rms_norm<T> norm;
+  linear<T, B> in_proj, out_proj;
+  causal_conv1d<T, B> conv1d;               // (2 qk + values, W), no bias
+  tensor<accum_t<T>, 1, B> dt_bias, a_log;  // (H)
+  gated_rms_norm<T, B> norm;
 
   [[nodiscard]] const gated_delta_net_options& options() const { return options_; }
   [[nodiscard]] index_t width() const { return options_.width; }
@@ -63,26 +61,26 @@ class gated_delta_net : public sequence_mixer<gated_delta_net<T>, T> {
     visit(f, "out_proj", self.out_proj);
   }
 
-  [[nodiscard]] auto project(const pass<T>& p, const tensor<T, 3>& u, const sequence_layout& layout,
-                             conv_state<T>* state) const {
+  [[nodiscard]] auto project(const pass<T, B>& p, const tensor<T, 3, B>& u,
+                             const sequence_layout& layout, conv_state<T, B>* state) const {
     const auto& o = options_;
     const index_t keys = o.qk_heads * o.head_dim;
     const auto [q_k_v, z, beta_in, a] =
-        detail::split_features<T, 4>(in_proj(p, u), {conv_channels(), values(), o.heads, o.heads});
-    const auto [q_in, k_in, v] = detail::split_features<T, 3>(
+        detail::split_features<4>(in_proj(p, u), {conv_channels(), values(), o.heads, o.heads});
+    const auto [q_in, k_in, v] = detail::split_features<3>(
         detail::convolve(p, conv1d, q_k_v, layout, state), {keys, keys, values()});
     const auto q = l2_normalize(p, detail::split_heads(q_in, o.qk_heads), 1e-6);
     const auto k = l2_normalize(p, detail::split_heads(k_in, o.qk_heads), 1e-6);
-    const tensor<T, 3> beta = eval(sigmoid(beta_in), p.tape, p.ctx);
-    const tensor<T, 3> log_decay = eval(-(exp(a_log) * softplus(a + dt_bias)), p.tape, p.ctx);
+    const auto beta = eval(sigmoid(beta_in), p.tape, p.ctx);
+    const auto log_decay = eval(-(exp(a_log) * softplus(a + dt_bias)), p.tape, p.ctx);
     const double scale = 1.0 / std::sqrt(static_cast<double>(o.head_dim));
     auto product = packed(layout, delta_rule(log_decay, beta, q * transpose(k) * scale)) *
                    detail::split_heads(v, o.heads);
-    return projected<decltype(product), T>{std::move(product), z};
+    return projected<decltype(product), T, B>{std::move(product), z};
   }
   template <class Parts>
-  [[nodiscard]] tensor<T, 3> finish(const pass<T>& p, const tensor<T, 4>& y,
-                                    const Parts& parts) const {
+  [[nodiscard]] tensor<T, 3, B> finish(const pass<T, B>& p, const tensor<T, 4, B>& y,
+                                       const Parts& parts) const {
     return out_proj(p, norm(p, detail::merge_heads(y), parts.gate));
   }
 

@@ -21,32 +21,33 @@ namespace ssm {
 ///
 /// with a silu gate outside. Channels are heads of one feature.
 /// @source Gu and Dao 2023, arXiv:2312.00752, section 3.
-template <Real T>
-class mamba1 : public sequence_mixer<mamba1<T>, T> {
+template <Floating T, Backend B = cpu>
+class mamba1 : public sequence_mixer<mamba1<T, B>, T, B> {
  public:
   mamba1() = default;
   /// @throws value_error  an option out of range.
   mamba1(const mamba1_options& options, std::uint64_t seed) : options_(detail::completed(options)) {
     const auto& o = options_;
-    in_proj = linear<T>::make(o.width, 2 * o.inner, {.seed = seed});
-    conv1d = causal_conv1d<T>::make(o.inner, o.conv_width, seed + 1, o.activation);
-    x_proj = linear<T>::make(o.inner, o.dt_rank + 2 * o.state, {.seed = seed + 3});
-    dt_proj = linear<T>::make(o.dt_rank, o.inner, {.seed = seed + 4});
-    dt_proj.bias = detail::initial_dt_bias<T>(o.inner, o.dt_min, o.dt_max, o.dt_floor, seed + 5);
-    a_log = tensor<T, 2>(o.inner, o.state);
+    in_proj = linear<T, B>::make(o.width, 2 * o.inner, {.seed = seed});
+    conv1d = causal_conv1d<T, B>::make(o.inner, o.conv_width, seed + 1, o.activation);
+    x_proj = linear<T, B>::make(o.inner, o.dt_rank + 2 * o.state, {.seed = seed + 3});
+    dt_proj = linear<T, B>::make(o.dt_rank, o.inner, {.seed = seed + 4});
+    dt_proj.bias = detail::initial_dt_bias<T, B>(o.inner, o.dt_min, o.dt_max, o.dt_floor, seed + 5);
+    tensor<accum_t<T>, 2> logs(o.inner, o.state);
     for (index_t c = 0; c < o.inner; ++c) {
       for (index_t n = 0; n < o.state; ++n) {
-        a_log(c, n) = static_cast<T>(std::log(static_cast<double>(n + 1)));
+        logs(c, n) = static_cast<accum_t<T>>(std::log(static_cast<double>(n + 1)));
       }
     }
-    d = tensor<T, 1>::full({o.inner}, T(1));
-    out_proj = linear<T>::make(o.inner, o.width, {.seed = seed + 6, .scale = o.out_scale});
+    a_log = detail::on_backend<B>(logs);
+    d = tensor<accum_t<T>, 1, B>::full({o.inner}, 1);
+    out_proj = linear<T, B>::make(o.inner, o.width, {.seed = seed + 6, .scale = o.out_scale});
   }
 
-  linear<T> in_proj, x_proj, dt_proj, out_proj;
-  causal_conv1d<T> conv1d;  // (inner, W)
-  tensor<T, 2> a_log;       // (inner, N)
-  tensor<T, 1> d;           // (inner)
+  linear<T, B> in_proj, x_proj, dt_proj, out_proj;
+  causal_conv1d<T, B> conv1d;      // (inner, W)
+  tensor<accum_t<T>, 2, B> a_log;  // (inner, N)
+  tensor<accum_t<T>, 1, B> d;      // (inner)
 
   [[nodiscard]] const mamba1_options& options() const { return options_; }
   [[nodiscard]] index_t width() const { return options_.width; }
@@ -64,24 +65,24 @@ class mamba1 : public sequence_mixer<mamba1<T>, T> {
     visit(f, "out_proj", self.out_proj);
   }
 
-  [[nodiscard]] auto project(const pass<T>& p, const tensor<T, 3>& u, const sequence_layout& layout,
-                             conv_state<T>* state) const {
+  [[nodiscard]] auto project(const pass<T, B>& p, const tensor<T, 3, B>& u,
+                             const sequence_layout& layout, conv_state<T, B>* state) const {
     const auto& o = options_;
-    const auto [x_in, z] = detail::split_features<T, 2>(in_proj(p, u), {o.inner, o.inner});
-    const tensor<T, 3> x = detail::convolve(p, conv1d, x_in, layout, state);
+    const auto [x_in, z] = detail::split_features<2>(in_proj(p, u), {o.inner, o.inner});
+    const tensor<T, 3, B> x = detail::convolve(p, conv1d, x_in, layout, state);
     const auto [low_rank_dt, b, c] =
-        detail::split_features<T, 3>(x_proj(p, x), {o.dt_rank, o.state, o.state});
-    const tensor<T, 3> delta = eval(softplus(dt_proj(p, low_rank_dt)), p.tape, p.ctx);
-    const tensor<T, 2> a = eval(-exp(a_log), p.tape, p.ctx);
+        detail::split_features<3>(x_proj(p, x), {o.dt_rank, o.state, o.state});
+    const tensor<T, 3, B> delta = eval(p, softplus(dt_proj(p, low_rank_dt)));
+    const auto a = eval(-exp(a_log), p.tape, p.ctx);
     auto matrix =
         selective(delta, a, detail::split_heads(c, 1), detail::split_heads(b, 1)) + diagonal(d);
     auto product = packed(layout, std::move(matrix)) * channels(x);
-    return projected<decltype(product), T>{std::move(product), z};
+    return projected<decltype(product), T, B>{std::move(product), z};
   }
   template <class Parts>
-  [[nodiscard]] tensor<T, 3> finish(const pass<T>& p, const tensor<T, 4>& y,
-                                    const Parts& parts) const {
-    return out_proj(p, eval(detail::merge_heads(y) * silu(parts.gate), p.tape, p.ctx));
+  [[nodiscard]] tensor<T, 3, B> finish(const pass<T, B>& p, const tensor<T, 4, B>& y,
+                                       const Parts& parts) const {
+    return out_proj(p, eval(p, detail::merge_heads(y) * silu(parts.gate)));
   }
 
  private:

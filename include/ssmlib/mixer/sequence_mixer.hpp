@@ -11,16 +11,17 @@
 #include <concepts>
 #include <memory>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 namespace ssm {
 
 /// The state of a sequence mixer: that of its matrix, and the last inputs of its convolution if it
 /// has one. A value; see lower/state.hpp.
-template <Real T, class Matrix>
+template <Floating T, class Matrix, Backend B = cpu>
 struct mixer_state {
   Matrix matrix;
-  conv_state<T> conv;  ///< of no channels where the mixer has no convolution
+  conv_state<T, B> conv;  ///< of no channels where the mixer has no convolution
 
   [[nodiscard]] index_t sequences() const { return matrix.sequences(); }
   [[nodiscard]] index_t position(index_t i) const { return matrix.position(i); }
@@ -42,17 +43,18 @@ struct mixer_state {
 };
 
 /// What a mixer makes of its input: the product to evaluate, and what finish() needs besides.
-template <class Product, Real T>
+template <class Product, Floating T, Backend B = cpu>
 struct projected {
-  Product product;    ///< mixer * X
-  tensor<T, 3> gate;  ///< (b, T, ...), or absent
+  Product product;       ///< mixer * X
+  tensor<T, 3, B> gate;  ///< (b, T, ...), or absent
 };
 
 namespace detail {
 /// advance() of whatever state it is, found by argument-dependent lookup: the member function of
 /// that name in sequence_mixer would hide it.
 template <class Product, class State>
-[[nodiscard]] auto advance_matrix(const Product& product, State& state, const cpu::context& ctx) {
+[[nodiscard]] auto advance_matrix(const Product& product, State& state,
+                                  const typename Product::backend::context& ctx) {
   return advance(product, state, ctx);
 }
 }  // namespace detail
@@ -61,48 +63,56 @@ template <class Product, class State>
 ///
 /// A mixer derives from this with itself as Self and provides
 ///
-///   project(p, u, layout, conv_state*)  -> projected<mix<...>, T>   null conv: whole sequences
+///   project(p, u, layout, conv_state*)  -> projected<mix<...>, T, B>   null conv: whole sequences
 ///   finish(p, y, projected)             -> (b, T, d)
 ///   conv_channels(), conv_width()       0, 1 where there is no convolution
 ///   static parameters(self, f)          see nn/parameter.hpp
 ///
 /// and gets whole-sequence evaluation, the matrix itself, and stepping from a state.
-template <class Self, Real T>
+template <class Self, Floating T, Backend B = cpu>
 class sequence_mixer {
  public:
   using value_type = T;
+  using backend = B;
 
   /// Whole sequences from an empty state. @param u  (b, T, d)  @return (b, T, d)
-  [[nodiscard]] tensor<T, 3> forward(const pass<T>& p, const tensor<T, 3>& u,
-                                     const sequence_layout& layout) const {
+  [[nodiscard]] tensor<T, 3, B> forward(const pass<T, B>& p, const tensor<T, 3, B>& u,
+                                        const sequence_layout& layout) const {
+    const typename B::scope scope(p.ctx);
     const auto parts = self().project(p, u, layout, nullptr);
     return self().finish(p, eval(parts.product, p.tape, p.ctx), parts);
   }
 
   /// The T x T matrices for this input, recorded on p.tape like any other value.
-  [[nodiscard]] auto matrix(const pass<T>& p, const tensor<T, 3>& u,
+  [[nodiscard]] auto matrix(const pass<T, B>& p, const tensor<T, 3, B>& u,
                             const sequence_layout& layout) const {
     return self().project(p, u, layout, nullptr).product.mixer;
   }
-  [[nodiscard]] std::shared_ptr<matrix_panels<T>> matrix_panels_of(
-      const pass<T>& p, const tensor<T, 3>& u, const sequence_layout& layout) const {
-    return panels(matrix(p, u, layout), p.tape, p.ctx);
+  [[nodiscard]] std::shared_ptr<matrix_panels<T, B>> matrix_panels_of(
+      const pass<T, B>& p, const tensor<T, 3, B>& u, const sequence_layout& layout) const {
+    if constexpr (std::same_as<B, cpu>) {
+      return panels(matrix(p, u, layout), p.tape, p.ctx);
+    } else {
+      throw value_error(
+          "ssm: the matrix of a mixer in panels is for the CPU; copy the model there");
+    }
   }
 
   /// An empty state. @param max_rollback  the most tokens that rollback() must be able to undo
   [[nodiscard]] auto initial_state(index_t sequences, index_t max_rollback = 0) const {
-    const tensor<T, 3> nothing(1, 0, self().width());
+    const tensor<T, 3, B> nothing(1, 0, self().width());
     const auto parts = self().project({}, nothing, sequence_layout::from_lengths({0}), nullptr);
     auto matrix_part = make_state(parts.product, sequences, max_rollback);
-    return mixer_state<T, decltype(matrix_part)>{
+    return mixer_state<T, decltype(matrix_part), B>{
         std::move(matrix_part),
-        conv_state<T>(sequences, self().conv_channels(), self().conv_width(), max_rollback)};
+        conv_state<T, B>(sequences, self().conv_channels(), self().conv_width(), max_rollback)};
   }
 
   /// New tokens, one layout sequence for each of the state's, from where the state stands.
   template <class State>
-  [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, State& state, const tensor<T, 3>& u,
-                                     const sequence_layout& layout) const {
+  [[nodiscard]] tensor<T, 3, B> advance(const pass<T, B>& p, State& state, const tensor<T, 3, B>& u,
+                                        const sequence_layout& layout) const {
+    const typename B::scope scope(p.ctx);
     const auto parts = self().project(p, u, layout, &state.conv);
     return self().finish(p, detail::advance_matrix(parts.product, state.matrix, p.ctx), parts);
   }
@@ -117,12 +127,13 @@ using state_of = decltype(std::declval<const S&>().initial_state(index_t{1}, ind
 
 /// A module whose heart is a T x T matrix: what models are made of, what MOHAWK aligns.
 template <class S>
-concept SequenceMixer = requires(const S& s, const pass<typename S::value_type>& p,
-                                 const tensor<typename S::value_type, 3>& u,
+concept SequenceMixer = requires(const S& s,
+                                 const pass<typename S::value_type, typename S::backend>& p,
+                                 const tensor<typename S::value_type, 3, typename S::backend>& u,
                                  const sequence_layout& layout, state_of<S>& state) {
   { s.matrix(p, u, layout) } -> MatrixMixer;
-  { s.forward(p, u, layout) } -> std::same_as<tensor<typename S::value_type, 3>>;
-  { s.advance(p, state, u, layout) } -> std::same_as<tensor<typename S::value_type, 3>>;
+  { s.forward(p, u, layout) } -> std::same_as<std::remove_cvref_t<decltype(u)>>;
+  { s.advance(p, state, u, layout) } -> std::same_as<std::remove_cvref_t<decltype(u)>>;
   {s.initial_state(index_t{1}, index_t{0})};
   { state == state } -> std::same_as<bool>;
   state.rollback(index_t{1});
@@ -131,19 +142,19 @@ concept SequenceMixer = requires(const S& s, const pass<typename S::value_type>&
 namespace detail {
 
 /// (b, T, H * F) -> (b, T, H, F), the elements shared.
-template <Real T>
-[[nodiscard]] tensor<T, 4> split_heads(const tensor<T, 3>& x, index_t heads) {
+template <Floating T, Backend B>
+[[nodiscard]] tensor<T, 4, B> split_heads(const tensor<T, 3, B>& x, index_t heads) {
   return x.reshape(x.extent(0), x.extent(1), heads, x.extent(2) / std::max<index_t>(heads, 1));
 }
-template <Real T>
-[[nodiscard]] tensor<T, 3> merge_heads(const tensor<T, 4>& x) {
+template <Floating T, Backend B>
+[[nodiscard]] tensor<T, 3, B> merge_heads(const tensor<T, 4, B>& x) {
   return x.reshape(x.extent(0), x.extent(1), x.extent(2) * x.extent(3));
 }
 /// Consecutive feature slices of these sizes.
-template <Real T, std::size_t N>
-[[nodiscard]] std::array<tensor<T, 3>, N> split_features(const tensor<T, 3>& x,
-                                                         const std::array<index_t, N>& sizes) {
-  std::array<tensor<T, 3>, N> parts;
+template <std::size_t N, Floating T, Backend B>
+[[nodiscard]] std::array<tensor<T, 3, B>, N> split_features(const tensor<T, 3, B>& x,
+                                                            const std::array<index_t, N>& sizes) {
+  std::array<tensor<T, 3, B>, N> parts;
   index_t begin = 0;
   for (std::size_t i = 0; i < N; ++i) {
     parts[i] = x.slice(2, begin, begin + sizes[i]);
@@ -153,10 +164,10 @@ template <Real T, std::size_t N>
 }
 
 /// The convolution of a mixer, over whole sequences or from a state.
-template <Real T>
-[[nodiscard]] tensor<T, 3> convolve(const pass<T>& p, const causal_conv1d<T>& conv,
-                                    const tensor<T, 3>& x, const sequence_layout& layout,
-                                    conv_state<T>* state) {
+template <Floating T, Backend B>
+[[nodiscard]] tensor<T, 3, B> convolve(const pass<T, B>& p, const causal_conv1d<T, B>& conv,
+                                       const tensor<T, 3, B>& x, const sequence_layout& layout,
+                                       conv_state<T, B>* state) {
   return state != nullptr ? conv.advance(p, x, *state, layout) : conv(p, x, layout);
 }
 

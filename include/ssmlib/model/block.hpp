@@ -22,7 +22,7 @@ namespace detail {
 
 /// Whether two mixers of one type are the same function of input and parameters: by their options,
 /// where they have some that compare, and by the shapes of their parameters.
-template <Real T, class Mixer>
+template <Floating T, Backend B, class Mixer>
 [[nodiscard]] bool same_function(const Mixer& a, const Mixer& b) {
   if constexpr (requires { a.options().same_function(b.options()); }) {
     return a.options().same_function(b.options());
@@ -31,7 +31,7 @@ template <Real T, class Mixer>
       if (!(a.options() == b.options())) return false;
     }
     return std::ranges::equal(
-        parameters_of<T>(a), parameters_of<T>(b),
+        parameters_of<T, B>(a), parameters_of<T, B>(b),
         [](const auto& x, const auto& y) { return x.name == y.name && x.extents == y.extents; });
   }
 }
@@ -40,19 +40,19 @@ template <Real T, class Mixer>
 
 /// One layer of a model, whatever it is: the boundary between static types (inside a layer) and a
 /// run-time list (the model). What distillation needs of a mixer goes through here too.
-template <Real T>
+template <Floating T, Backend B = cpu>
 class any_block {
  public:
   virtual ~any_block() = default;
 
   /// (b, T, d) -> (b, T, d), the residual connection included.
-  [[nodiscard]] virtual tensor<T, 3> forward(const pass<T>& p, const tensor<T, 3>& x,
-                                             const sequence_layout& layout) const = 0;
-  [[nodiscard]] virtual tensor<T, 3> advance(const pass<T>& p, any_state& state,
-                                             const tensor<T, 3>& x,
-                                             const sequence_layout& layout) const = 0;
+  [[nodiscard]] virtual tensor<T, 3, B> forward(const pass<T, B>& p, const tensor<T, 3, B>& x,
+                                                const sequence_layout& layout) const = 0;
+  [[nodiscard]] virtual tensor<T, 3, B> advance(const pass<T, B>& p, any_state& state,
+                                                const tensor<T, 3, B>& x,
+                                                const sequence_layout& layout) const = 0;
   [[nodiscard]] virtual any_state initial_state(index_t sequences, index_t max_rollback) const = 0;
-  [[nodiscard]] virtual std::vector<parameter<T>> parameters(std::string_view prefix) const = 0;
+  [[nodiscard]] virtual std::vector<parameter<T, B>> parameters(std::string_view prefix) const = 0;
   /// The same layer with its own copy of the parameters.
   [[nodiscard]] virtual std::shared_ptr<any_block> clone() const = 0;
 
@@ -69,13 +69,13 @@ class any_block {
     return mixer_type() == typeid(M) ? static_cast<const M*>(mixer_address()) : nullptr;
   }
   /// The mixer's T x T matrices for the block's input x, recorded on p.tape.
-  [[nodiscard]] virtual std::shared_ptr<matrix_panels<T>> mixer_matrix(
-      const pass<T>&, const tensor<T, 3>&, const sequence_layout&) const {
+  [[nodiscard]] virtual std::shared_ptr<matrix_panels<T, B>> mixer_matrix(
+      const pass<T, B>&, const tensor<T, 3, B>&, const sequence_layout&) const {
     throw value_error("ssm: mixer_matrix: this block has no sequence mixer; ask has_mixer()");
   }
   /// The mixer's output for the block's input x, before the residual connection.
-  [[nodiscard]] virtual tensor<T, 3> mixer_output(const pass<T>&, const tensor<T, 3>&,
-                                                  const sequence_layout&) const {
+  [[nodiscard]] virtual tensor<T, 3, B> mixer_output(const pass<T, B>&, const tensor<T, 3, B>&,
+                                                     const sequence_layout&) const {
     throw value_error("ssm: mixer_output: this block has no sequence mixer; ask has_mixer()");
   }
 
@@ -87,27 +87,29 @@ class any_block {
 };
 
 /// x + mixer(norm(x)): the pre-norm residual layer of Llama's attention, of Mamba and Mamba-2.
-template <Real T, class Norm, SequenceMixer Mixer>
-class mixer_block final : public any_block<T> {
+template <class Norm, SequenceMixer Mixer, Floating T = typename Mixer::value_type,
+          Backend B = typename Mixer::backend>
+class mixer_block final : public any_block<T, B> {
  public:
   mixer_block(Norm norm, Mixer mixer) : norm_(std::move(norm)), mixer_(std::move(mixer)) {}
 
-  [[nodiscard]] tensor<T, 3> forward(const pass<T>& p, const tensor<T, 3>& x,
-                                     const sequence_layout& layout) const override {
-    return eval(x + mixer_output(p, x, layout), p.tape, p.ctx);
+  [[nodiscard]] tensor<T, 3, B> forward(const pass<T, B>& p, const tensor<T, 3, B>& x,
+                                        const sequence_layout& layout) const override {
+    return eval(p, x + mixer_output(p, x, layout));
   }
-  [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, any_state& state, const tensor<T, 3>& x,
-                                     const sequence_layout& layout) const override {
+  [[nodiscard]] tensor<T, 3, B> advance(const pass<T, B>& p, any_state& state,
+                                        const tensor<T, 3, B>& x,
+                                        const sequence_layout& layout) const override {
     auto& mine = state.template as<state_of<Mixer>>();
-    return eval(x + mixer_.advance(p, mine, norm_(p, x), layout), p.ctx);
+    return eval_as<T>(x + mixer_.advance(p, mine, norm_(p, x), layout), p.ctx);
   }
   [[nodiscard]] any_state initial_state(index_t sequences, index_t max_rollback) const override {
     return any_state(mixer_.initial_state(sequences, max_rollback));
   }
-  [[nodiscard]] std::vector<parameter<T>> parameters(std::string_view prefix) const override {
-    return parameters_of<T>(*this, prefix);
+  [[nodiscard]] std::vector<parameter<T, B>> parameters(std::string_view prefix) const override {
+    return parameters_of<T, B>(*this, prefix);
   }
-  [[nodiscard]] std::shared_ptr<any_block<T>> clone() const override {
+  [[nodiscard]] std::shared_ptr<any_block<T, B>> clone() const override {
     return std::make_shared<mixer_block>(with_own_parameters(*this));
   }
   template <class Self, class F>
@@ -115,12 +117,12 @@ class mixer_block final : public any_block<T> {
     visit(f, "norm", self.norm_);
     visit(f, "mixer", self.mixer_);
   }
-  [[nodiscard]] std::shared_ptr<matrix_panels<T>> mixer_matrix(
-      const pass<T>& p, const tensor<T, 3>& x, const sequence_layout& layout) const override {
+  [[nodiscard]] std::shared_ptr<matrix_panels<T, B>> mixer_matrix(
+      const pass<T, B>& p, const tensor<T, 3, B>& x, const sequence_layout& layout) const override {
     return mixer_.matrix_panels_of(p, norm_(p, x), layout);
   }
-  [[nodiscard]] tensor<T, 3> mixer_output(const pass<T>& p, const tensor<T, 3>& x,
-                                          const sequence_layout& layout) const override {
+  [[nodiscard]] tensor<T, 3, B> mixer_output(const pass<T, B>& p, const tensor<T, 3, B>& x,
+                                             const sequence_layout& layout) const override {
     return mixer_.forward(p, norm_(p, x), layout);
   }
 
@@ -128,7 +130,7 @@ class mixer_block final : public any_block<T> {
   [[nodiscard]] const std::type_info& mixer_type() const override { return typeid(Mixer); }
   [[nodiscard]] const void* mixer_address() const override { return &mixer_; }
   [[nodiscard]] bool same_mixer(const void* other) const override {
-    return detail::same_function<T>(mixer_, *static_cast<const Mixer*>(other));
+    return detail::same_function<T, B>(mixer_, *static_cast<const Mixer*>(other));
   }
 
   Norm norm_;
@@ -136,24 +138,24 @@ class mixer_block final : public any_block<T> {
 };
 
 /// x + mlp(norm(x)).
-template <Real T, class Norm, class Mlp>
-class mlp_block final : public any_block<T> {
+template <Floating T, Backend B, class Norm, class Mlp>
+class mlp_block final : public any_block<T, B> {
  public:
   mlp_block(Norm norm, Mlp mlp) : norm_(std::move(norm)), mlp_(std::move(mlp)) {}
 
-  [[nodiscard]] tensor<T, 3> forward(const pass<T>& p, const tensor<T, 3>& x,
-                                     const sequence_layout&) const override {
-    return eval(x + mlp_(p, norm_(p, x)), p.tape, p.ctx);
+  [[nodiscard]] tensor<T, 3, B> forward(const pass<T, B>& p, const tensor<T, 3, B>& x,
+                                        const sequence_layout&) const override {
+    return eval(p, x + mlp_(p, norm_(p, x)));
   }
-  [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, any_state&, const tensor<T, 3>& x,
-                                     const sequence_layout& layout) const override {
+  [[nodiscard]] tensor<T, 3, B> advance(const pass<T, B>& p, any_state&, const tensor<T, 3, B>& x,
+                                        const sequence_layout& layout) const override {
     return forward(p, x, layout);
   }
   [[nodiscard]] any_state initial_state(index_t, index_t) const override { return {}; }
-  [[nodiscard]] std::vector<parameter<T>> parameters(std::string_view prefix) const override {
-    return parameters_of<T>(*this, prefix);
+  [[nodiscard]] std::vector<parameter<T, B>> parameters(std::string_view prefix) const override {
+    return parameters_of<T, B>(*this, prefix);
   }
-  [[nodiscard]] std::shared_ptr<any_block<T>> clone() const override {
+  [[nodiscard]] std::shared_ptr<any_block<T, B>> clone() const override {
     return std::make_shared<mlp_block>(with_own_parameters(*this));
   }
   template <class Self, class F>
@@ -168,30 +170,32 @@ class mlp_block final : public any_block<T> {
 };
 
 /// x + mixer(n) + mlp(n) with one n = norm(x): the parallel block of Phi.
-template <Real T, class Norm, SequenceMixer Mixer, class Mlp>
-class parallel_block final : public any_block<T> {
+template <class Norm, SequenceMixer Mixer, class Mlp, Floating T = typename Mixer::value_type,
+          Backend B = typename Mixer::backend>
+class parallel_block final : public any_block<T, B> {
  public:
   parallel_block(Norm norm, Mixer mixer, Mlp mlp)
       : norm_(std::move(norm)), mixer_(std::move(mixer)), mlp_(std::move(mlp)) {}
 
-  [[nodiscard]] tensor<T, 3> forward(const pass<T>& p, const tensor<T, 3>& x,
-                                     const sequence_layout& layout) const override {
-    const tensor<T, 3> n = norm_(p, x);
-    return eval(x + mixer_.forward(p, n, layout) + mlp_(p, n), p.tape, p.ctx);
+  [[nodiscard]] tensor<T, 3, B> forward(const pass<T, B>& p, const tensor<T, 3, B>& x,
+                                        const sequence_layout& layout) const override {
+    const tensor<T, 3, B> n = norm_(p, x);
+    return eval(p, x + mixer_.forward(p, n, layout) + mlp_(p, n));
   }
-  [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, any_state& state, const tensor<T, 3>& x,
-                                     const sequence_layout& layout) const override {
-    const tensor<T, 3> n = norm_(p, x);
+  [[nodiscard]] tensor<T, 3, B> advance(const pass<T, B>& p, any_state& state,
+                                        const tensor<T, 3, B>& x,
+                                        const sequence_layout& layout) const override {
+    const tensor<T, 3, B> n = norm_(p, x);
     auto& mine = state.template as<state_of<Mixer>>();
-    return eval(x + mixer_.advance(p, mine, n, layout) + mlp_(p, n), p.ctx);
+    return eval_as<T>(x + mixer_.advance(p, mine, n, layout) + mlp_(p, n), p.ctx);
   }
   [[nodiscard]] any_state initial_state(index_t sequences, index_t max_rollback) const override {
     return any_state(mixer_.initial_state(sequences, max_rollback));
   }
-  [[nodiscard]] std::vector<parameter<T>> parameters(std::string_view prefix) const override {
-    return parameters_of<T>(*this, prefix);
+  [[nodiscard]] std::vector<parameter<T, B>> parameters(std::string_view prefix) const override {
+    return parameters_of<T, B>(*this, prefix);
   }
-  [[nodiscard]] std::shared_ptr<any_block<T>> clone() const override {
+  [[nodiscard]] std::shared_ptr<any_block<T, B>> clone() const override {
     return std::make_shared<parallel_block>(with_own_parameters(*this));
   }
   template <class Self, class F>
@@ -200,12 +204,12 @@ class parallel_block final : public any_block<T> {
     visit(f, "mixer", self.mixer_);
     visit(f, "mlp", self.mlp_);
   }
-  [[nodiscard]] std::shared_ptr<matrix_panels<T>> mixer_matrix(
-      const pass<T>& p, const tensor<T, 3>& x, const sequence_layout& layout) const override {
+  [[nodiscard]] std::shared_ptr<matrix_panels<T, B>> mixer_matrix(
+      const pass<T, B>& p, const tensor<T, 3, B>& x, const sequence_layout& layout) const override {
     return mixer_.matrix_panels_of(p, norm_(p, x), layout);
   }
-  [[nodiscard]] tensor<T, 3> mixer_output(const pass<T>& p, const tensor<T, 3>& x,
-                                          const sequence_layout& layout) const override {
+  [[nodiscard]] tensor<T, 3, B> mixer_output(const pass<T, B>& p, const tensor<T, 3, B>& x,
+                                             const sequence_layout& layout) const override {
     return mixer_.forward(p, norm_(p, x), layout);
   }
 
@@ -213,7 +217,7 @@ class parallel_block final : public any_block<T> {
   [[nodiscard]] const std::type_info& mixer_type() const override { return typeid(Mixer); }
   [[nodiscard]] const void* mixer_address() const override { return &mixer_; }
   [[nodiscard]] bool same_mixer(const void* other) const override {
-    return detail::same_function<T>(mixer_, *static_cast<const Mixer*>(other));
+    return detail::same_function<T, B>(mixer_, *static_cast<const Mixer*>(other));
   }
 
   Norm norm_;

@@ -7,8 +7,8 @@
 namespace ssm::detail {
 
 /// Throws unless a parameter is of the wanted shape and dense. Absent parameters pass.
-template <Element T, int R>
-void check_parameter(const char* operation, const char* name, const tensor<T, R>& t,
+template <Element T, int R, Backend B>
+void check_parameter(const char* operation, const char* name, const tensor<T, R, B>& t,
                      const shape<R>& wanted) {
   if (!t) return;
   if (t.extents() != wanted) {
@@ -22,9 +22,9 @@ void check_parameter(const char* operation, const char* name, const tensor<T, R>
 }
 
 /// Throws unless two operands have the same shape.
-template <Element T, Element U, int R>
-void check_same_shape(const char* operation, const char* a_name, const tensor<T, R>& a,
-                      const char* b_name, const tensor<U, R>& b) {
+template <Element T, Element U, int R, Backend B>
+void check_same_shape(const char* operation, const char* a_name, const tensor<T, R, B>& a,
+                      const char* b_name, const tensor<U, R, B>& b) {
   if (a.extents() == b.extents()) return;
   throw shape_error("ssm: " + std::string(operation) + ": " + a_name + " is " +
                     to_string<R>(a.extents()) + ", " + b_name + " is " + to_string<R>(b.extents()) +

@@ -18,90 +18,122 @@ namespace ssm {
 /// What follows the convolution: nothing, or silu.
 using kernels::conv1d_activation;
 
-template <Real T>
+template <Floating T, Backend B = cpu>
 struct conv1d_options {
   conv1d_activation activation = conv1d_activation::none;
-  sequence_layout layout{};  ///< default: b sequences of T tokens
-  tensor<T, 3> initial{};    ///< (sequences, width - 1, channels), oldest first; absent: zeros
+  sequence_layout layout{};   ///< default: b sequences of T tokens
+  tensor<T, 3, B> initial{};  ///< (sequences, width - 1, channels), oldest first; absent: zeros
 };
 
-template <Real T>
+template <Floating T, Backend B = cpu>
 struct conv1d_result {
-  tensor<T, 3> y;            ///< (b, T, channels)
-  tensor<T, 3> final_state;  ///< (sequences, width - 1, channels): the last inputs, oldest first
+  tensor<T, 3, B> y;            ///< (b, T, channels)
+  tensor<T, 3, B> final_state;  ///< (sequences, width - 1, channels): the last inputs, oldest first
+};
+
+/// The operands of one convolution, checked. Weight and bias are those of the layer.
+template <Floating T, Backend B = cpu>
+struct conv1d_operands {
+  tensor<T, 2, B> x;                ///< (tokens, channels)
+  tensor<accum_t<T>, 2, B> weight;  ///< (channels, width)
+  tensor<accum_t<T>, 1, B> bias;    ///< (channels), or absent
+  conv1d_activation activation;
+  sequence_layout layout;
+
+  /// @throws shape_error  the sizes do not fit.
+  conv1d_operands(const tensor<T, 3, B>& tokens, const tensor<accum_t<T>, 2, B>& filter,
+                  const tensor<accum_t<T>, 1, B>& offset, conv1d_activation act,
+                  const sequence_layout& sequences)
+      : x(detail::input_tokens(tokens)),
+        weight(filter),
+        bias(offset),
+        activation(act),
+        layout(sequences ? sequences
+                         : sequence_layout::rectangular(tokens.extent(0), tokens.extent(1))) {
+    if (!weight || weight.extent(0) != channels() || weight.extent(1) < 1) {
+      throw shape_error("ssm: causal_conv1d: x is " + to_string<3>(tokens.extents()) +
+                        ", the weight is " + to_string<2>(weight.extents()) + "; wanted (" +
+                        std::to_string(channels()) + " x width)");
+    }
+    detail::check_parameter<accum_t<T>, 1>("causal_conv1d", "the bias", bias, {channels()});
+    if (layout.tokens() != x.extent(0)) {
+      throw shape_error("ssm: causal_conv1d: x is " + to_string<3>(tokens.extents()) +
+                        ", the layout has " + std::to_string(layout.tokens()) +
+                        " tokens; wanted as many");
+    }
+  }
+
+  [[nodiscard]] index_t channels() const { return x.extent(1); }
+  [[nodiscard]] index_t width() const { return weight.extent(1); }
+  void check_initial(const tensor<T, 3, B>& initial) const {
+    detail::check_parameter<T, 3>("causal_conv1d", "the initial state", initial,
+                                  {layout.sequences(), width() - 1, channels()});
+  }
 };
 
 namespace detail {
 
-/// The operands of one call in the form that the kernels take. Owns what it had to copy.
+/// The operands as the CPU's kernels take them: taps as rows, (width, channels), and a row of
+/// zeros.
 template <Real T>
-class conv1d_call {
+class conv1d_taps {
  public:
-  conv1d_call(const tensor<T, 3>& x, const tensor<T, 2>& weight, const tensor<T, 1>& bias,
-              conv1d_activation activation, const sequence_layout& layout)
-      : layout_(layout ? layout : sequence_layout::rectangular(x.extent(0), x.extent(1))),
-        rows_(input_tokens(x)),
-        bias_(bias),
-        activation_(activation) {
-    const index_t channels = x.extent(2);
-    if (!weight || weight.extent(0) != channels || weight.extent(1) < 1) {
-      throw shape_error("ssm: causal_conv1d: x is " + to_string<3>(x.extents()) +
-                        ", the weight is " + to_string<2>(weight.extents()) + "; wanted (" +
-                        std::to_string(channels) + " x width)");
+  explicit conv1d_taps(const conv1d_operands<T>& o)
+      : operands_(o), taps_(o.width() + 1, o.channels()) {
+    for (index_t j = 0; j < o.width(); ++j) {
+      for (index_t c = 0; c < o.channels(); ++c)
+        taps_(j, c) = o.weight(c, j);
     }
-    check_parameter<T, 1>("causal_conv1d", "the bias", bias, {channels});
-    if (layout_.tokens() != x.extent(0) * x.extent(1)) {
-      throw shape_error("ssm: causal_conv1d: x is " + to_string<3>(x.extents()) +
-                        ", the layout has " + std::to_string(layout_.tokens()) +
-                        " tokens; wanted as many");
-    }
-    // (width, channels), so that a tap is a row; one row of zeros follows.
-    const index_t width = weight.extent(1);
-    taps_ = tensor<T, 2>(width + 1, channels);
-    for (index_t j = 0; j < width; ++j) {
-      for (index_t c = 0; c < channels; ++c)
-        taps_(j, c) = weight(c, j);
-    }
-    std::fill_n(zeros(), channels, T(0));
+    std::fill_n(zeros(), o.channels(), T(0));
   }
-
-  [[nodiscard]] index_t width() const { return taps_.extent(0) - 1; }
-  [[nodiscard]] const sequence_layout& layout() const { return layout_; }
-  [[nodiscard]] const tensor<T, 2>& rows() const { return rows_; }
-
   [[nodiscard]] kernels::conv1d_problem<T> problem(
       const kernels::conv1d_history<const T>& history) const {
-    return {rows_.const_view(),
-            taps_.data(),
-            bias_ ? bias_.data() : zeros(),
-            zeros(),
-            width(),
-            activation_,
-            history,
-            layout_.offsets(),
-            layout_.sequences()};
+    const conv1d_operands<T>& o = operands_;
+    return {o.x.const_view(), taps_.data(),       o.bias ? o.bias.data() : zeros(),
+            zeros(),          o.width(),          o.activation,
+            history,          o.layout.offsets(), o.layout.sequences()};
   }
-  /// The history that an initial state is. @throws shape_error  it has another shape.
-  [[nodiscard]] kernels::conv1d_history<const T> history(const tensor<T, 3>& initial) const {
-    check_parameter<T, 3>("causal_conv1d", "the initial state", initial,
-                          {layout_.sequences(), width() - 1, rows_.extent(1)});
-    if (initial.size() == 0) return {};
-    return {initial.data(), width() - 1, rows_.extent(1), nullptr};
+  /// With an initial state as the history.
+  [[nodiscard]] kernels::conv1d_problem<T> problem(const tensor<T, 3>& initial) const {
+    if (initial.size() == 0) return problem(kernels::conv1d_history<const T>{});
+    return problem({initial.data(), operands_.width() - 1, operands_.channels(), nullptr});
   }
 
  private:
-  [[nodiscard]] T* zeros() const { return taps_.data() + width() * taps_.extent(1); }
+  [[nodiscard]] T* zeros() const { return taps_.data() + operands_.width() * operands_.channels(); }
 
-  sequence_layout layout_;
-  tensor<T, 2> rows_, taps_;
-  tensor<T, 1> bias_;
-  conv1d_activation activation_;
+  const conv1d_operands<T>& operands_;
+  tensor<T, 2> taps_;
 };
 
+}  // namespace detail
+
+template <Real T>
+void apply_conv1d(const cpu::context& ctx, const conv1d_operands<T>& o, const tensor<T, 3>& initial,
+                  const tensor<T, 2>& y) {
+  kernels::causal_conv1d(ctx, detail::conv1d_taps<T>(o).problem(initial), y.view());
+}
+/// Gradients that are wanted are added to.
+template <Real T>
+void apply_conv1d_vjp(const cpu::context& ctx, const conv1d_operands<T>& o,
+                      const tensor<T, 3>& initial, const tensor<T, 2>& dy, const tensor<T, 2>& dx,
+                      const tensor<T, 2>& d_weight, const tensor<T, 1>& d_bias,
+                      const tensor<T, 3>& d_initial) {
+  kernels::conv1d_gradients<T> d{dx.view(), d_weight.view(), d_bias.data(), {}};
+  if (d_initial.size() != 0) d.history = {d_initial.data(), o.width() - 1, o.channels(), nullptr};
+  kernels::causal_conv1d_vjp(ctx, detail::conv1d_taps<T>(o).problem(initial), dy.const_view(), d);
+}
+/// final (sequences, width - 1, channels) becomes the inputs that the next token meets.
+template <Real T>
+void apply_conv1d_final(const cpu::context&, const conv1d_operands<T>& o,
+                        const tensor<T, 3>& initial, const tensor<T, 3>& final) {
+  kernels::conv1d_final_inputs(detail::conv1d_taps<T>(o).problem(initial), final.view());
+}
 /// Adds the gradient of the final inputs to those of the tokens and of the initial state.
 template <Real T>
-void conv1d_final_inputs_vjp(const sequence_layout& layout, const tensor<T, 3>& d_final,
-                             const tensor<T, 2>& dx, const tensor<T, 3>& d_initial) {
+void apply_conv1d_final_vjp(const cpu::context&, const sequence_layout& layout,
+                            const tensor<T, 3>& d_final, const tensor<T, 2>& dx,
+                            const tensor<T, 3>& d_initial) {
   const index_t rows = d_final.extent(1), channels = d_final.extent(2);
   for (index_t i = 0; i < layout.sequences(); ++i) {
     for (index_t r = 0; r < rows; ++r) {
@@ -113,8 +145,23 @@ void conv1d_final_inputs_vjp(const sequence_layout& layout, const tensor<T, 3>& 
     }
   }
 }
-
-}  // namespace detail
+/// y from a ring of earlier inputs, (sequences, rows, channels); sequence i stands at position[i],
+/// its input at position p in row p mod rows. Then the ring takes the new inputs.
+template <Real T>
+void apply_conv1d_step(const cpu::context& ctx, const conv1d_operands<T>& o,
+                       const tensor<T, 3>& ring, std::span<const index_t> position,
+                       const tensor<T, 2>& y) {
+  const index_t kept = ring.extent(1);
+  kernels::conv1d_history<const T> history;
+  if (kept > 0) history = {ring.data(), kept, o.channels(), position.data()};
+  kernels::causal_conv1d(ctx, detail::conv1d_taps<T>(o).problem(history), y.view());
+  for (index_t i = 0; i < o.layout.sequences(); ++i) {
+    const index_t length = o.layout.length(i), end = position[static_cast<std::size_t>(i)] + length;
+    for (index_t back = std::min(length, kept); back >= 1; --back) {
+      std::copy_n(&o.x(o.layout.end(i) - back, 0), o.channels(), &ring(i, (end - back) % kept, 0));
+    }
+  }
+}
 
 namespace op {
 
@@ -129,48 +176,46 @@ namespace op {
 /// @return        (b, T, channels)
 /// @throws shape_error  the sizes do not fit.
 /// @cost   2 width flops an element; nothing but x is kept for the backward pass.
-template <Real T>
-[[nodiscard]] tensor<T, 3> causal_conv1d(const pass<T>& p, const tensor<T, 3>& x,
-                                         const tensor<T, 2>& weight, const tensor<T, 1>& bias = {},
-                                         const std::type_identity_t<conv1d_options<T>>& o = {}) {
-  const detail::conv1d_call<T> call(x, weight, bias, o.activation, o.layout);
-  tensor<T, 3> y(x.extents());
-  kernels::causal_conv1d(p.ctx, call.problem(call.history(o.initial)),
-                         detail::input_tokens(y).view());
+template <Floating T, Backend B>
+[[nodiscard]] tensor<T, 3, B> causal_conv1d(
+    const pass<T, B>& p, const tensor<T, 3, B>& x, const tensor<accum_t<T>, 2, B>& weight,
+    const tensor<accum_t<T>, 1, B>& bias = {},
+    const std::type_identity_t<conv1d_options<T, B>>& o = {}) {
+  const typename B::scope scope(p.ctx);
+  const conv1d_operands<T, B> call(x, weight, bias, o.activation, o.layout);
+  call.check_initial(o.initial);
+  tensor<T, 3, B> y(x.extents());
+  apply_conv1d(p.ctx, call, o.initial, detail::input_tokens(y));
   if (p.tape == nullptr || !(p.tape->wants(x) || p.tape->wants(weight) || p.tape->wants(bias) ||
                              p.tape->wants(o.initial))) {
     return y;
   }
   p.tape->record(y, [=, &ctx = p.ctx, t = p.tape] {
-    const detail::output_tokens<T, 3> dx(t->gradient(x));
-    const tensor<T, 3> d_initial = t->gradient(o.initial);
-    kernels::conv1d_gradients<T> d{
-        dx.get().view(), t->gradient(weight).view(), t->gradient(bias).data(), {}};
-    if (d_initial.size() != 0) {
-      d.history = {d_initial.data(), call.width() - 1, x.extent(2), nullptr};
-    }
-    kernels::causal_conv1d_vjp(ctx, call.problem(call.history(o.initial)),
-                               detail::input_tokens(t->gradient(y)).const_view(), d);
+    const detail::output_tokens<T, 3, B> dx(t->gradient(x));
+    apply_conv1d_vjp(ctx, call, o.initial, detail::input_tokens(t->gradient(y)), dx.get(),
+                     t->gradient(weight), t->gradient(bias), t->gradient(o.initial));
     dx.finish();
   });
   return y;
 }
 
 /// The same, and the inputs that the tokens after it would see: the state for advance().
-template <Real T>
-[[nodiscard]] conv1d_result<T> causal_conv1d_with_state(
-    const pass<T>& p, const tensor<T, 3>& x, const tensor<T, 2>& weight,
-    const tensor<T, 1>& bias = {}, const std::type_identity_t<conv1d_options<T>>& o = {}) {
-  const detail::conv1d_call<T> call(x, weight, bias, o.activation, o.layout);
-  conv1d_result<T> r{causal_conv1d(p, x, weight, bias, o),
-                     tensor<T, 3>(call.layout().sequences(), call.width() - 1, x.extent(2))};
-  kernels::conv1d_final_inputs(call.problem(call.history(o.initial)), r.final_state.view());
+template <Floating T, Backend B>
+[[nodiscard]] conv1d_result<T, B> causal_conv1d_with_state(
+    const pass<T, B>& p, const tensor<T, 3, B>& x, const tensor<accum_t<T>, 2, B>& weight,
+    const tensor<accum_t<T>, 1, B>& bias = {},
+    const std::type_identity_t<conv1d_options<T, B>>& o = {}) {
+  const typename B::scope scope(p.ctx);
+  const conv1d_operands<T, B> call(x, weight, bias, o.activation, o.layout);
+  conv1d_result<T, B> r{
+      causal_conv1d(p, x, weight, bias, o),
+      tensor<T, 3, B>(call.layout.sequences(), call.width() - 1, call.channels())};
+  apply_conv1d_final(p.ctx, call, o.initial, r.final_state);
   if (p.tape == nullptr || !(p.tape->wants(x) || p.tape->wants(o.initial))) return r;
-  p.tape->record(r.final_state, [x, initial = o.initial, layout = call.layout(),
+  p.tape->record(r.final_state, [x, initial = o.initial, layout = call.layout, &ctx = p.ctx,
                                  final_state = r.final_state, t = p.tape] {
-    const detail::output_tokens<T, 3> dx(t->gradient(x));
-    detail::conv1d_final_inputs_vjp(layout, t->gradient(final_state), dx.get(),
-                                    t->gradient(initial));
+    const detail::output_tokens<T, 3, B> dx(t->gradient(x));
+    apply_conv1d_final_vjp(ctx, layout, t->gradient(final_state), dx.get(), t->gradient(initial));
     dx.finish();
   });
   return r;
@@ -180,7 +225,7 @@ template <Real T>
 
 /// The last inputs of a causal convolution, per sequence: a ring of width - 1 + max_rollback rows.
 /// A value: copying is a fork, == compares the inputs that the next token can meet (and positions).
-template <Real T>
+template <Floating T, Backend B = cpu>
 class conv_state {
  public:
   conv_state() = default;
@@ -192,7 +237,7 @@ class conv_state {
                         std::to_string(channels) +
                         " channels: wanted a width of at least 1 and no negative count");
     }
-    ring_ = tensor<T, 3>::zeros(sequences, width - 1 + max_rollback, channels);
+    ring_ = tensor<T, 3, B>::zeros(sequences, width - 1 + max_rollback, channels);
   }
   conv_state(const conv_state& other)
       : positions_(other.positions_), ring_(other.ring_.clone()), width_(other.width_) {}
@@ -218,11 +263,16 @@ class conv_state {
   }
 
   /// The inputs that the next token meets, (sequences, width - 1, channels), oldest first; a copy.
-  [[nodiscard]] tensor<T, 3> window() const {
-    tensor<T, 3> out(sequences(), std::max<index_t>(width_ - 1, 0), channels());
+  [[nodiscard]] tensor<T, 3, B> window() const {
+    tensor<T, 3, B> out(sequences(), std::max<index_t>(width_ - 1, 0), channels());
+    const index_t kept = ring_.extent(1);
     for (index_t i = 0; i < sequences(); ++i) {
       for (index_t back = 1; back < width_; ++back) {
-        std::copy_n(row(i, back), channels(), &out(i, width_ - 1 - back, 0));
+        const index_t to = width_ - 1 - back;
+        const index_t from = ((positions_[i] - back) % kept + kept) % kept;
+        out.slice(0, i, i + 1)
+            .slice(1, to, to + 1)
+            .copy_from(ring_.slice(0, i, i + 1).slice(1, from, from + 1));
       }
     }
     return out;
@@ -247,75 +297,69 @@ class conv_state {
   /// @param o       activation and layout (one sequence for each of the state's); no initial state
   /// @return        (b, T, channels)
   /// @throws shape_error  the sizes do not fit. @throws value_error  an initial state is given.
-  [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, const tensor<T, 3>& x,
-                                     const tensor<T, 2>& weight, const tensor<T, 1>& bias,
-                                     const conv1d_options<T>& o = {}) {
-    const detail::conv1d_call<T> call(x, weight, bias, o.activation, o.layout);
-    const sequence_layout& layout = call.layout();
-    positions_.check_layout(layout);
+  [[nodiscard]] tensor<T, 3, B> advance(const pass<T, B>& p, const tensor<T, 3, B>& x,
+                                        const tensor<accum_t<T>, 2, B>& weight,
+                                        const tensor<accum_t<T>, 1, B>& bias,
+                                        const conv1d_options<T, B>& o = {}) {
+    const typename B::scope scope(p.ctx);
+    const conv1d_operands<T, B> call(x, weight, bias, o.activation, o.layout);
+    positions_.check_layout(call.layout);
     if (o.initial) {
       throw value_error(
           "ssm: advance: the convolution's state is its initial state; leave options.initial out");
     }
-    if (call.width() != width_ || x.extent(2) != channels()) {
+    if (call.width() != width_ || call.channels() != channels()) {
       throw shape_error("ssm: advance: the convolution has width " + std::to_string(call.width()) +
-                        " and " + std::to_string(x.extent(2)) + " channels, its state " +
+                        " and " + std::to_string(call.channels()) + " channels, its state " +
                         std::to_string(width_) + " and " + std::to_string(channels()) +
                         "; wanted the same");
     }
-    tensor<T, 3> y(x.extents());
-    const index_t kept = ring_.extent(1);
-    kernels::conv1d_history<const T> history;
-    if (kept > 0) history = {ring_.data(), kept, channels(), positions_.all().data()};
-    kernels::causal_conv1d(p.ctx, call.problem(history), detail::input_tokens(y).view());
-    for (index_t i = 0; i < sequences(); ++i) {
-      const index_t length = layout.length(i);
-      positions_.advance(i, length);
-      for (index_t back = std::min(length, kept); back >= 1; --back) {
-        std::copy_n(&call.rows()(layout.end(i) - back, 0), channels(), row(i, back));
-      }
-    }
+    tensor<T, 3, B> y(x.extents());
+    apply_conv1d_step(p.ctx, call, ring_, positions_.all(), detail::input_tokens(y));
+    for (index_t i = 0; i < sequences(); ++i)
+      positions_.advance(i, call.layout.length(i));
     return y;
   }
 
  private:
-  [[nodiscard]] T* row(index_t i, index_t back) const {
-    return kernels::conv1d_history<T>{ring_.data(), ring_.extent(1), channels(),
-                                      positions_.all().data()}
-        .row(i, back);
-  }
-
   detail::state_positions positions_;
-  tensor<T, 3> ring_;
+  tensor<T, 3, B> ring_;
   index_t width_ = 1;
 };
 
 /// A causal depthwise convolution with its parameters.
-template <Real T>
+template <Floating T, Backend B = cpu>
 struct causal_conv1d {
-  tensor<T, 2> weight;  ///< (channels, width)
-  tensor<T, 1> bias;    ///< (channels), or absent
+  tensor<accum_t<T>, 2, B> weight;  ///< (channels, width)
+  tensor<accum_t<T>, 1, B> bias;    ///< (channels), or absent
   conv1d_activation activation = conv1d_activation::silu;
 
   /// Weight and bias from U(-1/sqrt(width), 1/sqrt(width)), as PyTorch's depthwise convolution.
   [[nodiscard]] static causal_conv1d make(index_t channels, index_t width, std::uint64_t seed,
                                           conv1d_activation activation = conv1d_activation::silu,
                                           bool bias = true) {
+    using W = accum_t<T>;
     causal_conv1d layer{
-        init::fan_in_uniform<T, 2>({channels, width}, width, 2 * seed), {}, activation};
-    if (bias) layer.bias = init::fan_in_uniform<T, 1>({channels}, width, 2 * seed + 1);
+        detail::on_backend<B>(init::fan_in_uniform<W, 2>({channels, width}, width, 2 * seed)),
+        {},
+        activation};
+    if (bias) {
+      layer.bias =
+          detail::on_backend<B>(init::fan_in_uniform<W, 1>({channels}, width, 2 * seed + 1));
+    }
     return layer;
   }
 
-  [[nodiscard]] tensor<T, 3> operator()(const pass<T>& p, const tensor<T, 3>& x,
-                                        const sequence_layout& layout = {}) const {
+  [[nodiscard]] tensor<T, 3, B> operator()(const pass<T, B>& p, const tensor<T, 3, B>& x,
+                                           const sequence_layout& layout = {}) const {
     return op::causal_conv1d(p, x, weight, bias, {activation, layout, {}});
   }
-  [[nodiscard]] conv_state<T> make_state(index_t sequences, index_t max_rollback = 0) const {
+  [[nodiscard]] conv_state<T, B> make_state(index_t sequences, index_t max_rollback = 0) const {
     return {sequences, weight.extent(0), weight.extent(1), max_rollback};
   }
-  [[nodiscard]] tensor<T, 3> advance(const pass<T>& p, const tensor<T, 3>& x, conv_state<T>& state,
-                                     const sequence_layout& layout = {}) const {
+  [[nodiscard]] tensor<T, 3, B> advance(const pass<T, B>& p, const tensor<T, 3, B>& x,
+                                        conv_state<T, B>& state,
+                                        const sequence_layout& layout = {}) const {
     return state.advance(p, x, weight, bias, {activation, layout, {}});
   }
 

@@ -10,6 +10,17 @@
 
 namespace ssm {
 
+template <Real T>
+void apply_embedding(const cpu::context& ctx, const tensor<T, 2>& table,
+                     const tensor<std::int32_t, 2>& ids, const tensor<T, 2>& y) {
+  kernels::embedding(ctx, table.const_view(), ids.data(), y.view());
+}
+template <Real T>
+void apply_embedding_vjp(const cpu::context& ctx, const tensor<std::int32_t, 2>& ids,
+                         const tensor<T, 2>& dy, const tensor<T, 2>& d_table) {
+  kernels::embedding_vjp(ctx, ids.data(), dy.const_view(), d_table.view());
+}
+
 namespace op {
 
 /// Row ids[i, t] of the table for every token.
@@ -18,19 +29,19 @@ namespace op {
 /// @param table  (vocabulary, d)
 /// @return       (b, T, d)
 /// @throws value_error  an id outside the vocabulary; names both.
-template <Real T>
-[[nodiscard]] tensor<T, 3> embedding(const pass<T>& p, const tensor<std::int32_t, 2>& ids,
-                                     const tensor<T, 2>& table) {
-  detail::check_parameter<T, 2>("embedding", "the table", table, table.extents());
+template <Floating T, Backend B>
+[[nodiscard]] tensor<T, 3, B> embedding(const pass<T, B>& p, const tensor<std::int32_t, 2>& ids,
+                                        const tensor<accum_t<T>, 2, B>& table) {
+  detail::check_parameter("embedding", "the table", table, table.extents());
   const tensor<std::int32_t, 2> dense = ids.contiguous();
-  tensor<T, 3> y(ids.extent(0), ids.extent(1), table.extent(1));
-  kernels::embedding(p.ctx, table.const_view(), dense.data(), detail::input_tokens(y).view());
+  const typename B::scope scope(p.ctx);
+  tensor<T, 3, B> y(ids.extent(0), ids.extent(1), table.extent(1));
+  apply_embedding(p.ctx, table, dense, detail::input_tokens(y));
   if (p.tape == nullptr || !p.tape->wants(table)) return y;
   p.tape->record(y, [dense, table, y, &ctx = p.ctx, t = p.tape] {
-    const tensor<T, 2> d_table = t->gradient(table);
-    if (!d_table) return;
-    kernels::embedding_vjp(ctx, dense.data(), detail::input_tokens(t->gradient(y)).const_view(),
-                           d_table.view());
+    if (const auto d_table = t->gradient(table)) {
+      apply_embedding_vjp(ctx, dense, detail::input_tokens(t->gradient(y)), d_table);
+    }
   });
   return y;
 }
@@ -38,18 +49,18 @@ template <Real T>
 }  // namespace op
 
 /// A table of vectors, one for every token of the vocabulary.
-template <Real T>
+template <Floating T, Backend B = cpu>
 struct embedding {
-  tensor<T, 2> weight;  ///< (vocabulary, d)
+  tensor<accum_t<T>, 2, B> weight;  ///< (vocabulary, d)
 
   /// Independent normal elements. @param deviation  1 is PyTorch's; language models use about 0.02
   [[nodiscard]] static embedding make(index_t vocabulary, index_t features, std::uint64_t seed,
                                       double deviation = 1.0) {
-    return {normal<T, 2>({vocabulary, features}, deviation, seed)};
+    return {detail::on_backend<B>(normal<accum_t<T>, 2>({vocabulary, features}, deviation, seed))};
   }
 
-  [[nodiscard]] tensor<T, 3> operator()(const pass<T>& p,
-                                        const tensor<std::int32_t, 2>& ids) const {
+  [[nodiscard]] tensor<T, 3, B> operator()(const pass<T, B>& p,
+                                           const tensor<std::int32_t, 2>& ids) const {
     return op::embedding(p, ids, weight);
   }
 

@@ -16,16 +16,16 @@ namespace ssm {
 
 namespace detail {
 
-template <Real T>
-void check_linear(const char* operation, index_t features, const tensor<T, 2>& weight,
-                  const tensor<T, 1>& bias) {
-  if (!weight || weight.extent(1) != features) {
+template <Floating T, Floating W, Backend B>
+void check_linear(const char* operation, const tensor<T, 3, B>& x, const tensor<W, 2, B>& weight,
+                  const tensor<W, 1, B>& bias) {
+  if (!weight || weight.extent(1) != x.extent(2)) {
     throw shape_error("ssm: " + std::string(operation) + ": the input has " +
-                      std::to_string(features) + " features, the weight is " +
+                      std::to_string(x.extent(2)) + " features, the weight is " +
                       to_string<2>(weight.extents()) + "; wanted (out x " +
-                      std::to_string(features) + ")");
+                      std::to_string(x.extent(2)) + ")");
   }
-  check_parameter<T, 1>(operation, "the bias", bias, {weight.extent(0)});
+  check_parameter<W, 1>(operation, "the bias", bias, {weight.extent(0)});
 }
 
 /// y = x W^T + bias over token rows. Rows do not influence each other's bits.
@@ -60,6 +60,19 @@ void linear_rows_vjp(const cpu::context& ctx, view<const T, 2> x, const tensor<T
 
 }  // namespace detail
 
+template <Real T>
+void apply_linear(const cpu::context& ctx, bool fixed_order, const tensor<T, 2>& x,
+                  const tensor<T, 2>& weight, const tensor<T, 1>& bias, const tensor<T, 2>& y) {
+  detail::linear_rows(ctx, fixed_order, x.const_view(), weight, bias, y.view());
+}
+template <Real T>
+void apply_linear_vjp(const cpu::context& ctx, const tensor<T, 2>& x, const tensor<T, 2>& weight,
+                      const tensor<T, 2>& dy, const tensor<T, 2>& dx, const tensor<T, 2>& d_weight,
+                      const tensor<T, 1>& d_bias) {
+  detail::linear_rows_vjp(ctx, x.const_view(), weight, dy.const_view(), dx.view(), d_weight.view(),
+                          d_bias);
+}
+
 namespace op {
 
 /// y = x W^T + bias for every token.
@@ -71,22 +84,22 @@ namespace op {
 /// @throws shape_error  the sizes do not fit.
 /// @cost   2 tokens in out flops, twice that backward. With p.fixed_order a token's bits do not
 ///         depend on how many tokens there are.
-template <Real T>
-[[nodiscard]] tensor<T, 3> linear(const pass<T>& p, const tensor<T, 3>& x,
-                                  const tensor<T, 2>& weight, const tensor<T, 1>& bias = {}) {
-  detail::check_linear("linear", x.extent(2), weight, bias);
-  const tensor<T, 2> rows = detail::input_tokens(x);
-  tensor<T, 3> y(x.extent(0), x.extent(1), weight.extent(0));
-  detail::linear_rows(p.ctx, p.fixed_order, rows.const_view(), weight, bias,
-                      detail::input_tokens(y).view());
+template <Floating T, Backend B>
+[[nodiscard]] tensor<T, 3, B> linear(const pass<T, B>& p, const tensor<T, 3, B>& x,
+                                     const tensor<accum_t<T>, 2, B>& weight,
+                                     const tensor<accum_t<T>, 1, B>& bias = {}) {
+  detail::check_linear("linear", x, weight, bias);
+  const typename B::scope scope(p.ctx);
+  tensor<T, 3, B> y(x.extent(0), x.extent(1), weight.extent(0));
+  apply_linear(p.ctx, p.fixed_order, detail::input_tokens(x), weight, bias,
+               detail::input_tokens(y));
   if (p.tape == nullptr || !(p.tape->wants(x) || p.tape->wants(weight) || p.tape->wants(bias))) {
     return y;
   }
   p.tape->record(y, [x, weight, bias, y, &ctx = p.ctx, t = p.tape] {
-    const detail::output_tokens<T, 3> dx(t->gradient(x));
-    detail::linear_rows_vjp(ctx, detail::input_tokens(x).const_view(), weight,
-                            detail::input_tokens(t->gradient(y)).const_view(), dx.get().view(),
-                            t->gradient(weight).view(), t->gradient(bias));
+    const detail::output_tokens<T, 3, B> dx(t->gradient(x));
+    apply_linear_vjp(ctx, detail::input_tokens(x), weight, detail::input_tokens(t->gradient(y)),
+                     dx.get(), t->gradient(weight), t->gradient(bias));
     dx.finish();
   });
   return y;
@@ -103,22 +116,24 @@ struct linear_options {
 };
 
 /// y = x W^T + bias.
-template <Real T>
+template <Floating T, Backend B = cpu>
 struct linear {
-  tensor<T, 2> weight;  ///< (out, in)
-  tensor<T, 1> bias;    ///< (out), or absent
+  tensor<accum_t<T>, 2, B> weight;  ///< (out, in)
+  tensor<accum_t<T>, 1, B> bias;    ///< (out), or absent
 
   /// Weight and bias from U(-1/sqrt(in), 1/sqrt(in)), the weight times the scale.
   [[nodiscard]] static linear make(index_t in, index_t out, const linear_options& options = {}) {
+    using W = accum_t<T>;
     linear layer;
-    layer.weight = init::fan_in_uniform<T, 2>({out, in}, in, 2 * options.seed);
+    const tensor<W, 2> weight = init::fan_in_uniform<W, 2>({out, in}, in, 2 * options.seed);
     if (options.scale != 1.0) {
-      for (index_t i = 0; i < layer.weight.size(); ++i) {
-        layer.weight.data()[i] *= static_cast<T>(options.scale);
-      }
+      for (index_t i = 0; i < weight.size(); ++i)
+        weight.data()[i] *= static_cast<W>(options.scale);
     }
+    layer.weight = detail::on_backend<B>(weight);
     if (options.bias) {
-      layer.bias = init::fan_in_uniform<T, 1>({out}, in, 2 * options.seed + 1);
+      layer.bias =
+          detail::on_backend<B>(init::fan_in_uniform<W, 1>({out}, in, 2 * options.seed + 1));
     }
     return layer;
   }
@@ -126,7 +141,7 @@ struct linear {
   [[nodiscard]] index_t in_features() const { return weight.extent(1); }
   [[nodiscard]] index_t out_features() const { return weight.extent(0); }
 
-  [[nodiscard]] tensor<T, 3> operator()(const pass<T>& p, const tensor<T, 3>& x) const {
+  [[nodiscard]] tensor<T, 3, B> operator()(const pass<T, B>& p, const tensor<T, 3, B>& x) const {
     return op::linear(p, x, weight, bias);
   }
 

@@ -16,10 +16,10 @@ namespace ssm {
 enum class parameter_kind { matrix, filter, norm, bias, decay };
 
 /// One trainable tensor of a layer, flat. `value` shares the layer's elements.
-template <Real T>
+template <Floating T, Backend B = cpu>
 struct parameter {
   std::string name;  ///< dotted path, as in PyTorch: "layers.0.mixer.in_proj.weight"
-  tensor<T, 1> value;
+  tensor<accum_t<T>, 1, B> value;
   std::vector<index_t> extents;
   parameter_kind kind;
 
@@ -43,10 +43,10 @@ void visit(F&& f, std::string_view prefix, Layer& layer) {
 }
 
 /// Every parameter of a layer, in order. @throws shape_error  a parameter is not dense.
-template <Real T, class Layer>
-[[nodiscard]] std::vector<parameter<T>> parameters_of(const Layer& layer,
-                                                      std::string_view prefix = "") {
-  std::vector<parameter<T>> list;
+template <Floating T, Backend B = cpu, class Layer>
+[[nodiscard]] std::vector<parameter<T, B>> parameters_of(const Layer& layer,
+                                                         std::string_view prefix = "") {
+  std::vector<parameter<T, B>> list;
   Layer::parameters(layer, [&](std::string_view name, auto& t, parameter_kind kind) {
     if (!t) return;
     const std::string path =
@@ -67,8 +67,8 @@ template <class Layer>
 }
 
 /// The number of trainable values.
-template <Real T>
-[[nodiscard]] index_t parameter_count(const std::vector<parameter<T>>& list) {
+template <Floating T, Backend B>
+[[nodiscard]] index_t parameter_count(const std::vector<parameter<T, B>>& list) {
   index_t n = 0;
   for (const auto& p : list)
     n += p.value.size();

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ssmlib/grad/tape.hpp>
+#include <ssmlib/lower/elementwise.hpp>
 
 namespace ssm {
 
@@ -10,12 +11,21 @@ namespace ssm {
 /// `fixed_order` asks linear layers for the summation order of single steps, so that the bits of a
 /// token depend on nothing but the token and the state. advance() sets it for steps of at most 16
 /// tokens; larger pieces take the fastest order.
-template <Real T>
+template <Floating T, Backend B = cpu>
 struct pass {
-  const cpu::context& ctx = default_context<cpu>();
-  ssm::tape<T>* tape = nullptr;
+  static_assert(!std::same_as<B, cpu> || Real<T>,
+                "ssm: the CPU computes in float and double; bf16 is for CUDA");
+  const typename B::context& ctx = default_context<B>();
+  ssm::tape<T, B>* tape = nullptr;
   bool fixed_order = false;
 };
+
+/// Evaluates an elementwise expression to the element type of the pass, recorded on its tape. (The
+/// plain eval of an expression over bf16 gives float.)
+template <Floating T, Backend B, ElementwiseExpression E>
+[[nodiscard]] tensor<T, E::rank, B> eval(const pass<T, B>& p, const E& e) {
+  return eval_as<T>(e, p.tape, p.ctx);
+}
 
 /// The longest step that has the same bits whatever the split.
 inline constexpr index_t max_fixed_step = 16;

@@ -10,6 +10,7 @@
 #include <numbers>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 namespace ssm {
 
@@ -70,12 +71,14 @@ namespace detail {
   return frequency;
 }
 
-/// Cosines and sines of every token. @return (tokens, 2, columns)
-template <Real T>
-[[nodiscard]] tensor<T, 3> rope_table(const cpu::context& ctx, const sequence_layout& layout,
-                                      const rope_options& options, index_t features) {
-  const tensor<double, 1> frequency = rope_frequencies(options, features);
-  const index_t columns = frequency.extent(0) * (options.interleaved ? 2 : 1);
+}  // namespace detail
+
+/// Cosines and sines of every token, as the backend's apply_rope takes them.
+template <Floating T>
+[[nodiscard]] tensor<T, 3> apply_rope_table(const cpu::context& ctx, std::type_identity<T>,
+                                            const sequence_layout& layout,
+                                            const tensor<double, 1>& frequency, bool interleaved) {
+  const index_t columns = frequency.extent(0) * (interleaved ? 2 : 1);
   const tensor<T, 3> table(layout.tokens(), 2, columns);
   const index_t* offsets = layout.offsets();
   const auto position = [&](index_t token) {
@@ -83,11 +86,23 @@ template <Real T>
     const index_t i = next - offsets - 1;
     return layout.first_position(i) + token - layout.begin(i);
   };
-  kernels::rope_table<T>(ctx, frequency.const_view(), options.interleaved, position, table.view());
+  kernels::rope_table<T>(ctx, frequency.const_view(), interleaved, position, table.view());
   return table;
 }
-
-}  // namespace detail
+/// y = x turned.
+template <Real T>
+void apply_rope(const cpu::context& ctx, bool interleaved, const tensor<T, 3>& table,
+                const tensor<T, 3>& x, const tensor<T, 3>& y) {
+  kernels::rope_rotate<false, T>(ctx, interleaved, false, table.const_view(), x.const_view(),
+                                 y.view());
+}
+/// dx += dy turned back.
+template <Real T>
+void apply_rope_vjp(const cpu::context& ctx, bool interleaved, const tensor<T, 3>& table,
+                    const tensor<T, 3>& dy, const tensor<T, 3>& dx) {
+  kernels::rope_rotate<true, T>(ctx, interleaved, true, table.const_view(), dy.const_view(),
+                                dx.view());
+}
 
 /// x with its feature pairs turned by their positions' angles: position first_position(i) + t for
 /// token t of sequence i. The product of a query and a key then depends on their distance.
@@ -99,26 +114,26 @@ template <Real T>
 /// @throws value_error  an option is out of range.
 /// @cost   O(tokens H D); angles in double, once a token for all heads
 /// @source Su et al. 2021, arXiv:2104.09864, section 3.2.
-template <Real T>
-[[nodiscard]] tensor<T, 4> rope(const pass<T>& p, const tensor<T, 4>& x,
-                                const sequence_layout& layout, const rope_options& options = {}) {
+template <Floating T, Backend B>
+[[nodiscard]] tensor<T, 4, B> rope(const pass<T, B>& p, const tensor<T, 4, B>& x,
+                                   const sequence_layout& layout,
+                                   const rope_options& options = {}) {
   const sequence_layout sequences =
       layout ? layout : sequence_layout::rectangular(x.extent(0), x.extent(1));
   if (sequences.tokens() != x.extent(0) * x.extent(1)) {
     throw shape_error("ssm: rope: the layout has " + std::to_string(sequences.tokens()) +
                       " tokens, x is " + to_string<4>(x.extents()) + "; wanted as many");
   }
-  const tensor<T, 3> table = detail::rope_table<T>(p.ctx, sequences, options, x.extent(3));
-  const tensor<T, 4> y(x.extents());
-  const tensor<T, 3> rows = detail::input_tokens(x);
-  kernels::rope_rotate<false, T>(p.ctx, options.interleaved, false, table.const_view(),
-                                 rows.const_view(), detail::input_tokens(y).view());
+  const typename B::scope scope(p.ctx);
+  const auto table =
+      apply_rope_table(p.ctx, std::type_identity<T>{}, sequences,
+                       detail::rope_frequencies(options, x.extent(3)), options.interleaved);
+  const tensor<T, 4, B> y(x.extents());
+  apply_rope(p.ctx, options.interleaved, table, detail::input_tokens(x), detail::input_tokens(y));
   if (p.tape == nullptr || !p.tape->wants(x)) return y;
   p.tape->record(y, [x, y, table, interleaved = options.interleaved, t = p.tape, &ctx = p.ctx] {
-    const detail::output_tokens<T, 4> dx(t->gradient(x));
-    const tensor<T, 3> dy = detail::input_tokens(t->gradient(y));
-    kernels::rope_rotate<true, T>(ctx, interleaved, true, table.const_view(), dy.const_view(),
-                                  dx.get().view());
+    const detail::output_tokens<T, 4, B> dx(t->gradient(x));
+    apply_rope_vjp(ctx, interleaved, table, detail::input_tokens(t->gradient(y)), dx.get());
     dx.finish();
   });
   return y;

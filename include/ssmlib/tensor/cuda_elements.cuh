@@ -3,7 +3,10 @@
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/tensor/cuda_elements.hpp>
 
+#include <cuda_bf16.h>
+
 #include <algorithm>
+#include <concepts>
 #include <cstdint>
 #include <cstring>
 
@@ -39,6 +42,23 @@ __global__ void fill_elements(Bits* to, const __grid_constant__ strided_axes axe
   }
 }
 
+template <class T>
+__global__ void add_elements(T* to, const __grid_constant__ strided_axes to_axes, const T* from,
+                             const __grid_constant__ strided_axes from_axes, index_t n) {
+  const index_t step = index_t{blockDim.x} * gridDim.x;
+  for (index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n; i += step) {
+    T& target = to[element_offset(i, to_axes)];
+    const T& term = from[element_offset(i, from_axes)];
+    if constexpr (std::same_as<T, bf16>) {
+      const float sum = __uint_as_float(std::uint32_t{target.bits} << 16) +
+                        __uint_as_float(std::uint32_t{term.bits} << 16);
+      target.bits = __bfloat16_as_ushort(__float2bfloat16_rn(sum));
+    } else {
+      target += term;
+    }
+  }
+}
+
 /// f(a number as wide as an element, blocks for n elements)
 template <class F>
 void launch_by_width(index_t n, std::size_t element_bytes, F f) {
@@ -59,7 +79,7 @@ void launch_by_width(index_t n, std::size_t element_bytes, F f) {
 SSMLIB_INLINE void elements<cuda>::copy(void* to, const strided_axes& to_axes, const void* from,
                                         const strided_axes& from_axes, std::size_t element_bytes) {
   const index_t n = element_count(to_axes.extents);
-  const cudaStream_t stream = cuda::context::current().stream();
+  const cudaStream_t stream = cuda::current().stream();
   if (to_axes.are_dense() && from_axes.are_dense()) {
     SSMLIB_CHECK_CUDA(cudaMemcpyAsync(to, from, static_cast<std::size_t>(n) * element_bytes,
                                       cudaMemcpyDeviceToDevice, stream));
@@ -75,12 +95,29 @@ SSMLIB_INLINE void elements<cuda>::copy(void* to, const strided_axes& to_axes, c
 SSMLIB_INLINE void elements<cuda>::fill(void* to, const strided_axes& axes, const void* value,
                                         std::size_t element_bytes) {
   const index_t n = element_count(axes.extents);
-  const cudaStream_t stream = cuda::context::current().stream();
+  const cudaStream_t stream = cuda::current().stream();
   launch_by_width(n, element_bytes, [&](auto bits, unsigned blocks) {
     using Bits = decltype(bits);
     std::memcpy(&bits, value, sizeof(Bits));
     fill_elements<Bits><<<blocks, 256, 0, stream>>>(static_cast<Bits*>(to), axes, bits, n);
   });
 }
+
+template <class T>
+void elements<cuda>::add(T* to, const strided_axes& to_axes, const T* from,
+                         const strided_axes& from_axes) {
+  const index_t n = element_count(to_axes.extents);
+  const auto blocks = static_cast<unsigned>(std::min<index_t>((n + 255) / 256, 132 * 32));
+  add_elements<T><<<blocks, 256, 0, cuda::current().stream()>>>(to, to_axes, from, from_axes, n);
+  SSMLIB_CHECK_CUDA(cudaGetLastError());
+}
+
+#define SSMLIB_DETAIL_LIST(T)                                                        \
+  SSMLIB_INSTANTIATE(cuda_elements, void elements<cuda>::add<T>(T*, const strided_axes&, const T*, \
+                                                                const strided_axes&))
+SSMLIB_DETAIL_LIST(bf16);
+SSMLIB_DETAIL_LIST(float);
+SSMLIB_DETAIL_LIST(double);
+#undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm::detail

@@ -29,8 +29,13 @@ struct strided_axes {
     return true;
   }
 };
-/// How a backend copies and fills elements: static copy(to, axes, from, axes, element_bytes) and
-/// fill(to, axes, value, element_bytes).
+/// How a backend works on elements without knowing what they mean:
+///
+///   copy(to, axes, from, axes, element_bytes), fill(to, axes, value, element_bytes)
+///   add(to, axes, from, axes)               to += from, for f32, f64 and, where it computes, bf16
+///   zero(buffer)                            all bits
+///   from_host(tensor<T, R, cpu>)            a tensor of the backend with these elements
+///   to_host(tensor<T, R, B>)                and back, when all work before it is done
 template <class B>
 struct elements;
 template <>
@@ -39,6 +44,33 @@ struct elements<cpu> {
                    const strided_axes& from_axes, std::size_t element_bytes);
   static void fill(void* to, const strided_axes& axes, const void* value,
                    std::size_t element_bytes);
+  template <class T>
+  static void add(T* to, const strided_axes& to_axes, const T* from,
+                  const strided_axes& from_axes) {
+    const shape<4>&n = to_axes.extents, &sa = to_axes.strides, &sb = from_axes.strides;
+    for (index_t i = 0; i < n[0]; ++i) {
+      for (index_t j = 0; j < n[1]; ++j) {
+        for (index_t k = 0; k < n[2]; ++k) {
+          T* a = to + i * sa[0] + j * sa[1] + k * sa[2];
+          const T* b = from + i * sb[0] + j * sb[1] + k * sb[2];
+          for (index_t l = 0; l < n[3]; ++l)
+            a[l * sa[3]] += b[l * sb[3]];
+        }
+      }
+    }
+  }
+  template <class Buffer>
+  static void zero(const Buffer& b) {
+    std::memset(b.data(), 0, b.bytes());
+  }
+  template <class Tensor>
+  static const Tensor& from_host(const Tensor& t) {
+    return t;
+  }
+  template <class Tensor>
+  static const Tensor& to_host(const Tensor& t) {
+    return t;
+  }
 };
 /// Strides of `extents` over the memory of (old_extents, old_strides), or false.
 [[nodiscard]] bool reshaped_strides(std::span<const index_t> old_extents,
@@ -215,7 +247,15 @@ class tensor {
     return out;
   }
 
-  /// f(mine, theirs) for every pair of elements, in dense order. @pre equal shapes
+  /// Extents and strides with missing axes on the left.
+  [[nodiscard]] detail::strided_axes axes() const {
+    detail::strided_axes all;
+    std::copy_n(extents_.begin(), Rank, all.extents.end() - Rank);
+    std::copy_n(strides_.begin(), Rank, all.strides.end() - Rank);
+    return all;
+  }
+
+  /// f(mine, theirs) for every pair of elements, in dense order; the CPU only. @pre equal shapes
   template <class F>
   void zip_with(const tensor& other, F f) const {
     const detail::strided_axes mine = axes(), theirs = other.axes();
@@ -235,13 +275,6 @@ class tensor {
  private:
   template <Element, int, Backend>
   friend class tensor;
-
-  [[nodiscard]] detail::strided_axes axes() const {
-    detail::strided_axes all;
-    std::copy_n(extents_.begin(), Rank, all.extents.end() - Rank);
-    std::copy_n(strides_.begin(), Rank, all.strides.end() - Rank);
-    return all;
-  }
 
   buffer<B> buffer_;
   T* data_ = nullptr;
@@ -269,9 +302,19 @@ tensor<T, R2, B> tensor<T, Rank, B>::reshape(const shape<R2>& extents) const {
 
 namespace detail {
 /// to += from, element by element. @pre equal shapes
-template <Element T, int R>
-void add_to(const tensor<T, R, cpu>& to, const tensor<T, R, cpu>& from) {
-  to.zip_with(from, [](T& a, const T& b) { a += b; });
+template <Element T, int R, Backend B>
+void add_to(const tensor<T, R, B>& to, const tensor<T, R, B>& from) {
+  if (to.size() > 0) elements<B>::add(to.data(), to.axes(), from.data(), from.axes());
+}
+/// A tensor of the backend with the elements of a host tensor; on the CPU the tensor itself.
+template <Backend B, Element T, int R>
+[[nodiscard]] tensor<T, R, B> on_backend(const tensor<T, R, cpu>& t) {
+  return elements<B>::from_host(t);
+}
+/// The elements on the host; a CPU tensor is that already.
+template <Element T, int R, Backend B>
+[[nodiscard]] tensor<T, R, cpu> on_host(const tensor<T, R, B>& t) {
+  return elements<B>::to_host(t);
 }
 }  // namespace detail
 

@@ -86,7 +86,7 @@ struct target_scores {
   target_scores(const char* operation, const tensor<T, 3>& hidden_states, const linear<T>& lm_head,
                 const tensor<std::int32_t, 2>& wanted, std::int32_t ignore, index_t block_tokens)
       : hidden(hidden_states), head(lm_head), targets(wanted.contiguous()), ignore_index(ignore) {
-    check_linear(operation, hidden.extent(2), head.weight, head.bias);
+    check_linear(operation, hidden, head.weight, head.bias);
     if (hidden.extent(0) != wanted.extent(0) || hidden.extent(1) != wanted.extent(1)) {
       throw shape_error("ssm: " + std::string(operation) + ": the hidden states are " +
                         to_string<3>(hidden.extents()) + ", the targets " +
