@@ -112,7 +112,7 @@ void elements<cuda>::add(T* to, const strided_axes& to_axes, const T* from,
   SSMLIB_CHECK_CUDA(cudaGetLastError());
 }
 
-#define SSMLIB_DETAIL_LIST(T)                                                        \
+#define SSMLIB_DETAIL_LIST(T)                                                                      \
   SSMLIB_INSTANTIATE(cuda_elements, void elements<cuda>::add<T>(T*, const strided_axes&, const T*, \
                                                                 const strided_axes&))
 SSMLIB_DETAIL_LIST(bf16);

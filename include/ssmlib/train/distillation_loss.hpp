@@ -188,10 +188,8 @@ template <Real T>
                                              const std::type_identity_t<linear<T>>& teacher_head,
                                              const tensor<std::int32_t, 2>& mask = {},
                                              const kl_options& o = {}) {
-  detail::check_linear("lm_kl_divergence", student.extent(2), student_head.weight,
-                       student_head.bias);
-  detail::check_linear("lm_kl_divergence", teacher.extent(2), teacher_head.weight,
-                       teacher_head.bias);
+  detail::check_linear("lm_kl_divergence", student, student_head.weight, student_head.bias);
+  detail::check_linear("lm_kl_divergence", teacher, teacher_head.weight, teacher_head.bias);
   const index_t vocabulary = std::min(student_head.out_features(), teacher_head.out_features());
   const detail::divergence_terms<T> terms("lm_kl_divergence", student, teacher, vocabulary, mask,
                                           o);
