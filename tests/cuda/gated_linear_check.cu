@@ -298,6 +298,8 @@ int main() {
     check<float>(out, c);
     check<bf16>(out, c);
   }
+  for (const auto& c : full_cases())
+    check<bf16>(out, c);
   check<bf16>(out, long_case());
   check<bf16>(out, many_case());
   check_steps<bf16>();

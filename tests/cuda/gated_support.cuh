@@ -155,6 +155,13 @@ inline const std::vector<gated_case>& gated_cases() {
   };
   return cases;
 }
+/// Enough heads to fill the card, which takes other kernels.
+inline std::vector<gated_case> full_cases() {
+  std::vector<index_t> lengths(14, 70);
+  lengths[3] = 0, lengths[7] = 200;
+  return {{"full 128", lengths, 16, 8, 128, 64, true, false, false, true},
+          {"full 60", lengths, 16, 16, 60, 100}};
+}
 inline gated_case long_case() {
   return {"2^20+1", {(index_t{1} << 20) + 1}, 1, 1, 8, 4};
 }

@@ -28,10 +28,15 @@ struct delta_reverse_arguments {
   delta_rule_gradients<T> d;
 };
 
+/// Whether the tiles of a step over keys and features lie apart, all loads under way at once.
+template <class T>
+inline constexpr bool delta_apart = sizeof(T) < 8;
+
 template <class T>
 std::size_t delta_reverse_shared() {
   using R = accum_t<T>;
-  return (delta_gates<R>::size + 10 * side) * sizeof(R) + 5 * tile_cells<T> * sizeof(T);
+  return (delta_gates<R>::size + 10 * side) * sizeof(R) +
+         (delta_apart<T> ? 7 : 5) * tile_cells<T> * sizeof(T);
 }
 
 /// Sums over the columns of a row, whose parts lie with the threads of two warps: to (2, 64).
@@ -54,7 +59,7 @@ struct delta_reverse_block {
   const delta_reverse_arguments<T>& o;
   delta_gates<R> gates;
   R *pre, *suf, *sums;  // (64), (64), (8, 64)
-  T *a, *b, *c, *scores, *lower;
+  T *a, *b, *c, *scores, *lower, *after, *written;
   index_t slot_head, head;
   chunk_rows chunk;
   R d_beta[2] = {}, reads[2] = {}, writes[2] = {}, state = R(0);
@@ -70,6 +75,8 @@ struct delta_reverse_block {
         c(b + tile_cells<T>),
         scores(c + tile_cells<T>),
         lower(scores + tile_cells<T>),
+        after(delta_apart<T> ? lower + tile_cells<T> : b),
+        written(delta_apart<T> ? after + tile_cells<T> : c),
         slot_head(blockIdx.x),
         head(slot_head % of.of.heads),
         chunk(of.of.rows, slot_head / of.of.heads) {}
@@ -168,17 +175,27 @@ struct delta_reverse_block {
       load_tile(a, states(o.w.states, tile, part));
       load_rows(b, rows(o.dy, part));
       load_tile(c, features(o.w.d_u, part));
+      const auto load_writes = [&] {
+        load_tile(after, states(o.w.after, tile, part));
+        load_tile(written, features(o.w.u, part));
+      };
+      if (delta_apart<T>) load_writes();
       wait_and_meet();
       multiply_tiles<false, true>(d_q, b, a);
       multiply_tiles<false, true>(held, c, a);
-      __syncthreads();
-      load_tile(b, states(o.w.after, tile, part));
-      load_tile(c, features(o.w.u, part));
-      wait_and_meet();
-      multiply_tiles<false, true>(d_k, c, b);
-      for (int i = threadIdx.x; i < cells; i += threads) {
+      if (!delta_apart<T>) {
+        __syncthreads();
+        load_writes();
+        wait_and_meet();
+      }
+      multiply_tiles<false, true>(d_k, written, after);
+#pragma unroll
+      for (int i = 4 * threadIdx.x; i < cells; i += 4 * threads) {
         const int at = i / side * pitch<T> + i % side;
-        state += widen(a[at]) * widen(b[at]);
+        R x[4], y[4];
+        load_four(x, a + at);
+        load_four(y, after + at);
+        state += x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3];
       }
       __syncthreads();
     }

@@ -38,7 +38,7 @@ struct gate_column {
   SSMLIB_DEVICE gate_column()
       : band(threadIdx.x / side), row(band * block), channel(threadIdx.x % side), total(1) {}
   SSMLIB_DEVICE R gate(const R* gates, int t) const {
-    return gates[(row + t) * real_pitch + channel];
+    return gates[(row + t) * gate_pitch + channel];
   }
   /// q o pre and k o suf of a chunk's tiles; leaves the totals, (4, 64).
   template <class T>
@@ -75,7 +75,7 @@ struct gate_column {
 
 template <class T>
 std::size_t linear_prepare_shared() {
-  return (side * real_pitch + 4 * side) * sizeof(accum_t<T>) + 5 * tile_cells<T> * sizeof(T);
+  return (side * gate_pitch + 4 * side) * sizeof(accum_t<T>) + 5 * tile_cells<T> * sizeof(T);
 }
 
 template <class T>
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(threads)
   using R = accum_t<T>;
   extern __shared__ __align__(16) unsigned char memory[];
   R* const gates = reinterpret_cast<R*>(memory);
-  R* const totals = gates + side * real_pitch;
+  R* const totals = gates + side * gate_pitch;
   T* const q = reinterpret_cast<T*>(totals + 4 * side);
   T *const k = q + tile_cells<T>, *const q_hat = k + tile_cells<T>,
            *const k_hat = q_hat + tile_cells<T>, *const far = k_hat + tile_cells<T>;
@@ -138,13 +138,20 @@ __global__ void __launch_bounds__(threads)
           pair, (warp < 3 ? q_hat : far) + source * block * pitch<T>,
           k_hat + low * block * pitch<T>, 4);
     }
-    for (int n = threadIdx.x % 4; n < side; n += 4) {
-      const R key = widen(k[s * pitch<T> + n]);
-      R w(0);
+    for (int n = threadIdx.x % 4 * 4; n < side; n += block) {
+      R key[4], w[4] = {};
+      load_four(key, k + s * pitch<T> + n);
 #pragma unroll
       for (int t = 0; t < block; ++t) {
-        w = s_band + t == s ? key : w * gates[(s_band + t) * real_pitch + n];
-        diagonal[t] += widen(q[(s_band + t) * pitch<T> + n]) * w;
+        if (t < block / 2 && warp % 2 == 1) continue;  // above the diagonal of the whole warp
+        R gate[4], query[4];
+        load_four(gate, gates + (s_band + t) * gate_pitch + n);
+        load_four(query, q + (s_band + t) * pitch<T> + n);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          w[e] = s_band + t == s ? key[e] : w[e] * gate[e];
+          diagonal[t] += query[e] * w[e];
+        }
       }
     }
     __syncthreads();

@@ -33,8 +33,11 @@ struct linear_reverse_memory {
   static constexpr int pair = std::max(2 * tile_cells<T> * static_cast<int>(sizeof(T)),
                                        2 * side * real_pitch * static_cast<int>(sizeof(R)));
   static constexpr int tiles = tile_cells<T> * static_cast<int>(sizeof(T));
-  static constexpr int reals = (side * real_pitch + 16 * side) * static_cast<int>(sizeof(R));
-  static constexpr int size = reals + 3 * tiles + pair;
+  static constexpr int reals = (side * gate_pitch + 16 * side) * static_cast<int>(sizeof(R));
+  // Operands of the products over the features lie apart where there is room, so that all loads
+  // are under way at once.
+  static constexpr bool apart = sizeof(T) < 8;
+  static constexpr int size = reals + (apart ? 5 : 3) * tiles + pair;
 };
 
 template <class T>
@@ -45,7 +48,7 @@ struct linear_reverse_block {
   // totals (4, 64); sums over the reads and the writes of a sub-block (4, 64); pairs across a
   // sub-block (3, 64); the state's own (64).
   R *gates, *totals, *reads, *writes, *across, *state;
-  T *scores, *q, *k, *q_hat, *k_hat;
+  T *scores, *q, *k, *q_hat, *k_hat, *dy, *v;
   R *d_q_hat, *d_k_hat;  // over q_hat and k_hat
   index_t slot_head, head;
   int tile;
@@ -55,7 +58,7 @@ struct linear_reverse_block {
   SSMLIB_DEVICE linear_reverse_block(const linear_reverse_arguments<T>& of, unsigned char* memory)
       : o(of),
         gates(reinterpret_cast<R*>(memory)),
-        totals(gates + side * real_pitch),
+        totals(gates + side * gate_pitch),
         reads(totals + 4 * side),
         writes(reads + 4 * side),
         across(writes + 4 * side),
@@ -63,8 +66,10 @@ struct linear_reverse_block {
         scores(reinterpret_cast<T*>(memory + memory_of::reals)),
         q(scores + tile_cells<T>),
         k(q + tile_cells<T>),
-        q_hat(k + tile_cells<T>),
+        q_hat(k + (memory_of::apart ? 3 : 1) * tile_cells<T>),
         k_hat(q_hat + tile_cells<T>),
+        dy(memory_of::apart ? k + tile_cells<T> : q),
+        v(dy + tile_cells<T>),
         d_q_hat(reinterpret_cast<R*>(q_hat)),
         d_k_hat(d_q_hat + side * real_pitch),
         slot_head(blockIdx.x / of.of.key_tiles),
@@ -81,13 +86,14 @@ struct linear_reverse_block {
   SSMLIB_DEVICE void reverse_features() {
     share_sums<R> d_scores;
     R dot(0);
-    T *const dy = q, *const v = k, *const before = q_hat, *const after = k_hat;
+    T *const before = q_hat, *const after = k_hat;
     for (int part = 0; part < o.of.feature_tiles; ++part) {
       const index_t at = ((slot_head * o.of.key_tiles + tile) * o.of.feature_tiles + part) * cells;
       load_rows(dy, rows(o.dy, part));
       load_rows(v, rows(o.p.v, part));
       load_tile(before, o.w.states + at);
       load_tile(after, o.w.after + at);
+      if (part == 0) load_gates(gates, rows(o.p.log_gate, tile));
       wait_and_meet();
       multiply_tiles<false, true>(d_q, dy, before);
       multiply_tiles<false, true>(d_k, v, after);
@@ -249,11 +255,13 @@ __global__ void __launch_bounds__(threads)
   extern __shared__ __align__(16) unsigned char memory[];
   linear_reverse_block<T> b(o, memory);
   if (b.chunk.n == 0) return;
+  const auto load_keys = [&] {
+    load_rows(b.q, b.rows(o.p.q, b.tile));
+    load_rows(b.k, b.rows(o.p.k, b.tile));
+  };
+  if (linear_reverse_memory<T>::apart) load_keys();
   b.reverse_features();
-  __syncthreads();
-  load_rows(b.q, b.rows(o.p.q, b.tile));
-  load_rows(b.k, b.rows(o.p.k, b.tile));
-  load_gates(b.gates, b.rows(o.p.log_gate, b.tile));
+  if (!linear_reverse_memory<T>::apart) load_keys();
   wait_and_meet();
   gate_column<accum_t<T>> c;
   c.scale(b.gates, b.q, b.k, b.q_hat, b.k_hat, b.totals);

@@ -25,14 +25,13 @@ inline constexpr int side = 64;   // tokens of a chunk, rows and columns of a ti
 inline constexpr int block = 16;  // tokens of a sub-block
 inline constexpr int threads = 256;
 inline constexpr int cells = side * side;
+inline constexpr int gate_pitch = side + 4;  // rows of gates, read by fours
 inline constexpr int real_pitch = side + 1;  // rows and columns without bank conflicts
 
 template <class T>
 inline constexpr int pitch = side + 16 / static_cast<int>(sizeof(T));
 template <class T>
 inline constexpr int tile_cells = side* pitch<T>;
-template <class T>
-inline constexpr int slice_pitch = side / 2 + 16 / static_cast<int>(sizeof(T));
 
 /// Where sequences lie.
 struct sequence_rows {
@@ -126,11 +125,25 @@ SSMLIB_DEVICE void load_rows(T* to, const head_rows<const T>& from) {
 /// Gates of a chunk, 1 where there are none.
 template <class R>
 SSMLIB_DEVICE void load_gates(R* to, const head_rows<const R>& from) {
-  for (int i = threadIdx.x; i < cells; i += threads) {
-    const int row = i / side, column = i % side;
+  const int column = threadIdx.x % side;
+#pragma unroll
+  for (int i = 0; i < cells / threads; ++i) {
+    const int row = threadIdx.x / side + i * (threads / side);
     const bool valid = row < from.n && column < from.columns;
-    to[row * real_pitch + column] = valid ? ::exp(from.p[row * from.stride + column]) : R(1);
+    to[row * gate_pitch + column] = valid ? ::exp(from.p[row * from.stride + column]) : R(1);
   }
+}
+
+/// Four neighbours, aligned, in the accumulator's type.
+template <class T>
+SSMLIB_DEVICE void load_four(accum_t<T> (&to)[4], const T* from) {
+  struct alignas(sizeof(T) == 2 ? 8 : 16) four {
+    T v[4];
+  };
+  const four x = *reinterpret_cast<const four*>(from);
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    to[e] = widen(x.v[e]);
 }
 
 /// A tile of the workspace into shared memory, in the background.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ssmlib/kernels/cuda/gated_parts.cuh>
+#include <ssmlib/kernels/cuda/launch.cuh>
 
 /// @file
 /// From chunk to chunk, and out of the states: the two kernels that gated linear attention and the
@@ -9,8 +10,8 @@
 ///     scan:     X <- X + r A S,   S <- diag(d) S + B^T Z + w C^T X      (in this order)
 ///     product:  Y = A S + M V     with the states that the scan has left
 ///
-/// A scan's blocks own 32 columns of S, which never leave the registers; the tiles of the chunks
-/// stream through a ring of buffers.
+/// A scan's blocks own 32 or 64 columns of S, which never leave the registers; the tiles of the
+/// chunks stream through a ring of buffers.
 
 namespace ssm::kernels::cuda::detail::gated {
 
@@ -34,15 +35,16 @@ template <class T>
 inline constexpr int ring_depth = sizeof(T) == 8 ? 2 : 4;
 
 template <class T>
-std::size_t scan_shared(int tiles, bool reads, bool outer) {
-  const int slice = side * slice_pitch<T>;
+std::size_t scan_shared(int width, int tiles, bool reads, bool outer) {
+  const int slice = side * (width + 16 / static_cast<int>(sizeof(T)));
   return sizeof(T) * (ring_depth<T> * (tile_cells<T> + (outer ? slice : 0)) + (reads ? slice : 0) +
                       tiles * slice);
 }
 
 /// The tiles of a scan in the order of their use, `ring_depth` - 1 of them ahead.
-template <class T, int Tiles, bool Reads, bool Outer>
+template <class T, int Tiles, bool Reads, bool Outer, int Width>
 struct tile_stream {
+  static constexpr int slice_pitch = Width + 16 / static_cast<int>(sizeof(T));
   static constexpr int depth = ring_depth<T>;
   static constexpr int per_tile = (Reads ? 1 : 0) + (Outer ? 1 : 0);
   static constexpr int steps = Tiles * (per_tile + (Reads ? 1 : 0));
@@ -70,7 +72,7 @@ struct tile_stream {
       if (Outer && next_step == 0) {
         const index_t t = place(next_chunk) * side;
         const int n = static_cast<int>(min(index_t{side}, length - t));
-        load_rows<side / 2, slice_pitch<T>>(
+        load_rows<Width, slice_pitch>(
             slice(next_chunk), head_rows<const T>(o.z, head, o.of.heads, begin + t, n, column));
       }
     }
@@ -79,7 +81,7 @@ struct tile_stream {
     if (++next_step == steps) next_step = 0, ++next_chunk;
   }
   SSMLIB_DEVICE T* slice(index_t c) const {
-    return rows + static_cast<int>(c % depth) * side * slice_pitch<T>;
+    return rows + static_cast<int>(c % depth) * side * slice_pitch;
   }
   /// The next tile, when all threads have it; the buffer of the one before is filled again.
   SSMLIB_DEVICE const T* next() {
@@ -92,36 +94,37 @@ struct tile_stream {
   }
 };
 
-template <class T, int Tiles, bool Reads, bool Outer>
-__global__ void __launch_bounds__(threads)
+template <class T, int Tiles, bool Reads, bool Outer, int Width>
+__global__ void __launch_bounds__(threads, Width == side ? 2 : 1)
     scan_kernel(const __grid_constant__ scan_arguments<T> o) {
   using R = accum_t<T>;
-  constexpr int sp = slice_pitch<T>;
+  using tiles = tile_stream<T, Tiles, Reads, Outer, Width>;
+  constexpr int sp = tiles::slice_pitch, blocks = Width / 16;
   extern __shared__ __align__(16) unsigned char memory[];
-  const index_t slices = 2 * o.of.feature_tiles;
-  const index_t column = index_t{blockIdx.x} % slices * (side / 2);
+  const index_t slices = side / Width * o.of.feature_tiles;
+  const index_t column = index_t{blockIdx.x} % slices * Width;
   const index_t head = blockIdx.x / slices % o.of.heads, i = blockIdx.x / slices / o.of.heads;
-  tile_stream<T, Tiles, Reads, Outer> stream{o,
-                                             head,
-                                             o.of.rows.begin(i),
-                                             o.of.rows.length(i),
-                                             o.of.rows.first_slot(i),
-                                             0,
-                                             column,
-                                             reinterpret_cast<T*>(memory),
-                                             nullptr};
+  tiles stream{o,
+               head,
+               o.of.rows.begin(i),
+               o.of.rows.length(i),
+               o.of.rows.first_slot(i),
+               0,
+               column,
+               reinterpret_cast<T*>(memory),
+               nullptr};
   stream.chunks = (stream.length + side - 1) / side;
   stream.rows = stream.ring + stream.depth * tile_cells<T>;
   T* const held = stream.rows + (Outer ? stream.depth * side * sp : 0);
   T* const written = held + Tiles * side * sp;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row = warp / 2 * 16 + lane / 4, at = warp % 2 * 16 + lane % 4 * 2;
-  R s[Tiles][2][4] = {};
+  const int row = warp / 2 * 16 + lane / 4, at = warp % 2 * (Width / 2) + lane % 4 * 2;
+  R s[Tiles][blocks][4] = {};
   const auto each_cell = [&](auto f) {  // f(key, feature, value)
 #pragma unroll
     for (int k = 0; k < Tiles; ++k)
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < blocks; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           f(k * side + row + e / 2 * 8, at + 8 * j + e % 2, s[k][j][e]);
@@ -144,15 +147,15 @@ __global__ void __launch_bounds__(threads)
 #pragma unroll
     for (int k = 0; k < Tiles; ++k)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < blocks; ++j) {
         T* to = held + (k * side + row) * sp + at + 8 * j;
         store_pair(to, s[k][j][0], s[k][j][1]);
         store_pair(to + 8 * sp, s[k][j][2], s[k][j][3]);
       }
-    R x[2][4] = {}, sum[2][4] = {}, decay[Tiles][2];
+    R x[blocks][4] = {}, sum[blocks][4] = {}, decay[Tiles][2];
     if constexpr (Reads) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < blocks; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           x[j][e] = widen(x_tile[(row + e / 2 * 8) * side + at + 8 * j + e % 2]);
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(threads)
         decay[k][e] = o.decay[slot_head * Tiles * side + k * side + row + 8 * e];
     __syncthreads();
     if (o.states != nullptr) {
-      constexpr int vector = 16 / static_cast<int>(sizeof(T)), vectors = side / 2 / vector;
+      constexpr int vector = 16 / static_cast<int>(sizeof(T)), vectors = Width / vector;
       for (int v = threadIdx.x; v < Tiles * side * vectors; v += threads) {
         const int key = v / vectors, feature = v % vectors * vector;
         T* to = o.states +
@@ -177,10 +180,10 @@ __global__ void __launch_bounds__(threads)
 #pragma unroll 1
       for (int k = 0; k < Tiles; ++k) {
         multiply<false, false, pitch<T>, sp>(sum, stream.next() + warp / 2 * 16 * pitch<T>,
-                                             held + k * side * sp + warp % 2 * 16, 4);
+                                             held + k * side * sp + warp % 2 * (Width / 2), 4);
       }
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < blocks; ++j)
 #pragma unroll
         for (int e = 0; e < 4; e += 2) {
           const int r = row + e / 2 * 8, f = at + 8 * j;
@@ -193,17 +196,17 @@ __global__ void __launch_bounds__(threads)
 #pragma unroll
     for (int k = 0; k < Tiles; ++k) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < blocks; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           s[k][j][e] *= decay[k][e / 2];
       if constexpr (Outer) {
         multiply<true, false, pitch<T>, sp>(s[k], stream.next() + warp / 2 * 16,
-                                            stream.slice(c) + warp % 2 * 16, 4);
+                                            stream.slice(c) + warp % 2 * (Width / 2), 4);
       }
       if constexpr (Reads) {
         multiply<true, false, pitch<T>, sp>(s[k], stream.next() + warp / 2 * 16,
-                                            written + warp % 2 * 16, 4);
+                                            written + warp % 2 * (Width / 2), 4);
       }
     }
   }
@@ -222,15 +225,22 @@ __global__ void __launch_bounds__(threads)
 
 template <class T, bool Reads, bool Outer>
 void launch_scan(cudaStream_t stream, const scan_arguments<T>& o) {
-  const index_t blocks = o.of.rows.sequences * o.of.heads * 2 * o.of.feature_tiles;
-  const std::size_t shared = scan_shared<T>(o.of.key_tiles, Reads, Outer);
-  if (o.of.key_tiles == 1) {
-    launch(stream, scan_kernel<T, 1, Reads, Outer>, blocks, shared, o);
-  } else if (o.of.key_tiles == 2) {
-    launch(stream, scan_kernel<T, 2, Reads, Outer>, blocks, shared, o);
-  } else {
-    launch(stream, scan_kernel<T, 4, Reads, Outer>, blocks, shared, o);
+  const index_t tiles = o.of.rows.sequences * o.of.heads * o.of.feature_tiles;
+  const auto go = [&](void (*kernel)(scan_arguments<T>), int width) {
+    launch(stream, kernel, tiles * (side / width),
+           scan_shared<T>(width, o.of.key_tiles, Reads, Outer), o);
+  };
+  if constexpr (sizeof(T) == 2 && Reads != Outer) {
+    // Twice the columns a step, where that leaves enough blocks.
+    if (o.of.key_tiles <= 2 && 2 * tiles >= 3 * multiprocessors()) {
+      if (o.of.key_tiles == 1) return go(scan_kernel<T, 1, Reads, Outer, side>, side);
+      return go(scan_kernel<T, 2, Reads, Outer, side>, side);
+    }
   }
+  constexpr int half = side / 2;
+  if (o.of.key_tiles == 1) return go(scan_kernel<T, 1, Reads, Outer, half>, half);
+  if (o.of.key_tiles == 2) return go(scan_kernel<T, 2, Reads, Outer, half>, half);
+  go(scan_kernel<T, 4, Reads, Outer, half>, half);
 }
 
 template <class T>
@@ -247,7 +257,7 @@ struct product_arguments {
 };
 
 template <class T, bool Transposed>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 4 : 1)
     product_kernel(const __grid_constant__ product_arguments<T> o) {
   using R = accum_t<T>;
   extern __shared__ __align__(16) unsigned char memory[];
