@@ -8,6 +8,8 @@
 
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/kernels/cuda/conv1d.hpp>
+#include <ssmlib/kernels/cuda/delta_rule.hpp>
+#include <ssmlib/kernels/cuda/gated_linear.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
 #include <ssmlib/kernels/cuda/rope.hpp>
 #include <ssmlib/kernels/cuda/sample.hpp>
