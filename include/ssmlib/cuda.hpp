@@ -9,7 +9,11 @@
 #include <ssmlib/backend/cuda_error.hpp>
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/kernels/cuda/conv1d.hpp>
+#include <ssmlib/kernels/cuda/cross_entropy.hpp>
+#include <ssmlib/kernels/cuda/embedding.hpp>
+#include <ssmlib/kernels/cuda/layers.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
+#include <ssmlib/kernels/cuda/optimizer.hpp>
 #include <ssmlib/kernels/cuda/rope.hpp>
 #include <ssmlib/kernels/cuda/sample.hpp>
 #include <ssmlib/kernels/cuda/selective.hpp>
