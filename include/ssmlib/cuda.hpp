@@ -8,9 +8,13 @@
 
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/kernels/cuda/conv1d.hpp>
+#include <ssmlib/kernels/cuda/cross_entropy.hpp>
 #include <ssmlib/kernels/cuda/delta_rule.hpp>
+#include <ssmlib/kernels/cuda/embedding.hpp>
 #include <ssmlib/kernels/cuda/gated_linear.hpp>
+#include <ssmlib/kernels/cuda/layers.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
+#include <ssmlib/kernels/cuda/optimizer.hpp>
 #include <ssmlib/kernels/cuda/rope.hpp>
 #include <ssmlib/kernels/cuda/sample.hpp>
 #include <ssmlib/kernels/cuda/selective.hpp>
