@@ -8,11 +8,15 @@
 
 #include <ssmlib/backend/cuda_error.hpp>
 #include <ssmlib/kernels/cuda/attention.hpp>
+#include <ssmlib/kernels/cuda/attention_decode.hpp>
 #include <ssmlib/kernels/cuda/conv1d.hpp>
+#include <ssmlib/kernels/cuda/conv1d_step.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
+#include <ssmlib/kernels/cuda/recurrence.hpp>
 #include <ssmlib/kernels/cuda/rope.hpp>
 #include <ssmlib/kernels/cuda/sample.hpp>
 #include <ssmlib/kernels/cuda/selective.hpp>
+#include <ssmlib/kernels/cuda/selective_step.hpp>
 #include <ssmlib/kernels/cuda/skinny.hpp>
 #include <ssmlib/kernels/cuda/ssd.hpp>
 #include <ssmlib/kernels/cuda/ssd_step.hpp>
