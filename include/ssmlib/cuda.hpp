@@ -10,9 +10,11 @@
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/kernels/cuda/conv1d.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
+#include <ssmlib/kernels/cuda/quadratic.hpp>
 #include <ssmlib/kernels/cuda/rope.hpp>
 #include <ssmlib/kernels/cuda/sample.hpp>
 #include <ssmlib/kernels/cuda/selective.hpp>
 #include <ssmlib/kernels/cuda/skinny.hpp>
 #include <ssmlib/kernels/cuda/ssd.hpp>
 #include <ssmlib/kernels/cuda/ssd_step.hpp>
+#include <ssmlib/kernels/cuda/toeplitz.hpp>
