@@ -17,6 +17,7 @@
 #include <ssmlib/kernels/cuda/layers.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
 #include <ssmlib/kernels/cuda/optimizer.hpp>
+#include <ssmlib/kernels/cuda/quadratic.hpp>
 #include <ssmlib/kernels/cuda/recurrence.hpp>
 #include <ssmlib/kernels/cuda/rope.hpp>
 #include <ssmlib/kernels/cuda/sample.hpp>
@@ -25,4 +26,5 @@
 #include <ssmlib/kernels/cuda/skinny.hpp>
 #include <ssmlib/kernels/cuda/ssd.hpp>
 #include <ssmlib/kernels/cuda/ssd_step.hpp>
+#include <ssmlib/kernels/cuda/toeplitz.hpp>
 #include <ssmlib/tensor/transfer.hpp>
