@@ -17,6 +17,7 @@ namespace {
 // Another class than language_model that models LanguageModel: its hidden states are doubled.
 struct doubled_model {
   using value_type = double;
+  using backend = cpu;
   using state_type = model_state;
   language_model<double> inner;
 
