@@ -36,8 +36,8 @@ TEST_CASE("cuda/backend: a tensor comes back from the device as it went", "[cuda
 TEST_CASE("cuda/backend: strided copies, fills and sums are those of the CPU", "[cuda][backend]") {
   const auto host = numbers(4, 6, 10);
   const auto there = to<cuda>(host);
-  const auto part = host.slice(1, 1, 5).slice(2, 3, 8),
-             part_there = there.slice(1, 1, 5).slice(2, 3, 8);
+  const auto part = host.slice(1, 1, 5).slice(2, 3, 8);
+  const auto part_there = there.slice(1, 1, 5).slice(2, 3, 8);
   CHECK(elements_of(part_there.clone()) == elements_of(part));
   part.fill(2.5f);
   part_there.fill(2.5f);
