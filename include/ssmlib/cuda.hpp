@@ -2,9 +2,9 @@
 
 /// @file
 /// The CUDA backend, apart from ssmlib.hpp because it needs the CUDA Toolkit's headers: contexts,
-/// tensors on the device, and the kernels, called by their own names. Evaluating expressions over
-/// tensors of this backend is not part of this version. Kernels are declared here; their
-/// definitions are in the .cuh files beside them, for nvcc.
+/// tensors on the device, what evaluates mixers and layers there (lower/cuda, nn/cuda), and the
+/// kernels by their own names. These headers are plain C++: link ssmlib::cuda_compiled, or include
+/// the .cuh files beside kernels/cuda/*.hpp where nvcc compiles the whole program.
 
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/kernels/cuda/attention_decode.hpp>
@@ -12,8 +12,11 @@
 #include <ssmlib/kernels/cuda/conv1d_step.hpp>
 #include <ssmlib/kernels/cuda/cross_entropy.hpp>
 #include <ssmlib/kernels/cuda/delta_rule.hpp>
+#include <ssmlib/kernels/cuda/dense_product.hpp>
+#include <ssmlib/kernels/cuda/elementwise.hpp>
 #include <ssmlib/kernels/cuda/embedding.hpp>
 #include <ssmlib/kernels/cuda/gated_linear.hpp>
+#include <ssmlib/kernels/cuda/gemm.hpp>
 #include <ssmlib/kernels/cuda/layers.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
 #include <ssmlib/kernels/cuda/optimizer.hpp>
@@ -27,10 +30,23 @@
 #include <ssmlib/kernels/cuda/ssd.hpp>
 #include <ssmlib/kernels/cuda/ssd_step.hpp>
 #include <ssmlib/kernels/cuda/toeplitz.hpp>
+#include <ssmlib/kernels/cuda/wrappers.hpp>
+#include <ssmlib/lower/cuda/elements.hpp>
+#include <ssmlib/lower/cuda/elementwise.hpp>
+#include <ssmlib/lower/cuda/feature_map.hpp>
+#include <ssmlib/lower/cuda/gradients.hpp>
+#include <ssmlib/lower/cuda/layout.hpp>
+#include <ssmlib/lower/cuda/quadratic.hpp>
+#include <ssmlib/lower/cuda/selective.hpp>
+#include <ssmlib/lower/cuda/semiseparable.hpp>
+#include <ssmlib/lower/cuda/softmax.hpp>
+#include <ssmlib/lower/cuda/workspace.hpp>
+#include <ssmlib/lower/cuda/wrappers.hpp>
 #include <ssmlib/nn/cuda/conv1d.hpp>
 #include <ssmlib/nn/cuda/discretize.hpp>
 #include <ssmlib/nn/cuda/embedding.hpp>
 #include <ssmlib/nn/cuda/l2_normalize.hpp>
+#include <ssmlib/nn/cuda/linear.hpp>
 #include <ssmlib/nn/cuda/mlp.hpp>
 #include <ssmlib/nn/cuda/norm.hpp>
 #include <ssmlib/nn/cuda/rope.hpp>

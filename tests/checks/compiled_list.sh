@@ -10,7 +10,7 @@ used=$({
     tr -d ' \\\n' <"$header" | grep -oE 'SSMLIB_INSTANTIATE\([a-z0-9_]+' |
       sed "s,SSMLIB_INSTANTIATE(\(.*\),\1=${header#include/},"
   done
-  grep -rlw --include='*_impl.hpp' --exclude='cuda_*' SSMLIB_INLINE include |
+  grep -rlw --include='*_impl.hpp' --exclude='cuda_*' --exclude-dir=cuda SSMLIB_INLINE include |
     sed -E 's,^include/(.*/([a-z0-9_]+)_impl\.hpp)$,\2=\1,'
 } | sort -u)
 echo "$used"
