@@ -17,19 +17,27 @@ const char* type_name() {
   return sizeof(T) == 2 ? "bf16" : sizeof(T) == 4 ? "f32" : "f64";
 }
 
-/// Rows of `from`, in the order of the list.
 template <class T>
-rows_buffer<T> gathered(const rows_buffer<T>& from, const std::vector<index_t>& rows) {
-  const auto all = from.matrix();
-  const index_t width = all.extents[1];
-  rows_buffer<T> to(static_cast<index_t>(rows.size()), width, 2);
-  const auto out = to.mutable_matrix();
-  for (std::size_t i = 0; i < rows.size() && width > 0; ++i) {
-    SSMLIB_CHECK_CUDA(cudaMemcpyAsync(out.data + i * out.strides[0],
-                                      all.data + rows[i] * all.strides[0], width * sizeof(T),
-                                      cudaMemcpyDeviceToDevice));
+__global__ void gather_kernel(view<const T, 2> from, const index_t* rows, view<T, 2> to) {
+  for (index_t i = threadIdx.x; i < to.extents[1]; i += blockDim.x) {
+    to.data[blockIdx.x * to.strides[0] + i] = from.data[rows[blockIdx.x] * from.strides[0] + i];
   }
-  return to;
+}
+
+/// The first rows of `to` become those of `from` that a list on the device names.
+template <class T>
+void gather(const rows_buffer<T>& from, const buffer<index_t>& rows, index_t count,
+            rows_buffer<T>& to) {
+  if (count == 0) return;
+  gather_kernel<T>
+      <<<static_cast<unsigned>(count), 64>>>(from.matrix(), rows.data(), to.mutable_matrix());
+  SSMLIB_CHECK_CUDA(cudaGetLastError());
+}
+/// Memory is kept from call to call: to allocate it takes longer than the kernels do.
+template <class T>
+void upload(const std::vector<T>& from, buffer<T>& to) {
+  SSMLIB_CHECK_CUDA(
+      cudaMemcpy(to.data(), from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
 }
 
 /// The next tokens of every sequence: `count` of them from `position` on, as rows of the whole.
@@ -75,9 +83,10 @@ struct ssd_operands {
   rows_buffer<T> q, k, x, dt;
   rows_buffer<R> log_a, weight;
 
-  ssd_operands pick(const std::vector<index_t>& rows) const {
-    return {gathered(q, rows),  gathered(k, rows),     gathered(x, rows),
-            gathered(dt, rows), gathered(log_a, rows), gathered(weight, rows)};
+  void pick(const buffer<index_t>& rows, index_t n, ssd_operands& to) const {
+    gather(q, rows, n, to.q), gather(k, rows, n, to.k), gather(x, rows, n, to.x);
+    gather(dt, rows, n, to.dt);
+    gather(log_a, rows, n, to.log_a), gather(weight, rows, n, to.weight);
   }
 };
 
@@ -194,6 +203,22 @@ void check_ssd(table& results, const ssd_case& c) {
   results.error("before", snapshots, before, state_bound);
   if (longest > 1000) return results.end();
 
+  const auto capacity = [&](index_t width) { return rows_buffer<T>(tokens, width, 1); };
+  ssd_operands<T> part{capacity(c.q_groups * N),     capacity(c.k_groups * N),
+                       capacity(c.x_groups * P),     capacity(H),
+                       rows_buffer<R>(tokens, H, 1), rows_buffer<R>(tokens, H, 1)};
+  rows_buffer<T> part_y(tokens, H * P);
+  buffer<index_t> list(tokens), cuts(sequences + 1), position(sequences);
+  buffer<std::int32_t> lacking(sequences);
+  const auto pick = [&](const pieces& piece, const std::vector<index_t>& where) {
+    upload(piece.rows, list), upload(piece.offsets, cuts), upload(where, position);
+    s.whole.pick(list, static_cast<index_t>(piece.rows.size()), part);
+    part_y.poison();
+    auto pp = s.problem(part);
+    pp.offsets = cuts.data(), pp.sequences = sequences, pp.max_length = piece.longest();
+    return pp;
+  };
+
   // In pieces: other lengths for every sequence and call, in place, with a ring of 3 slots.
   const index_t slots = 3;
   rows_buffer<R> state(sequences, size), small_ring(slots * sequences, size);
@@ -210,15 +235,10 @@ void check_ssd(table& results, const ssd_case& c) {
       piece.add(offsets[i] + at[i], n);
       at[i] += n;
     }
-    const auto part = s.whole.pick(piece.rows);
-    const buffer<index_t> o(piece.offsets), first(was);
-    rows_buffer<T> part_y(static_cast<index_t>(piece.rows.size()), H * P);
-    part_y.poison();
-    auto pp = s.problem(part);
-    pp.offsets = o.data(), pp.sequences = sequences, pp.max_length = piece.longest();
+    const auto pp = pick(piece, was);
     const view<R, 4> own{state.data(), states, strides};
     linear_recurrence<T>(nullptr, pp, part_y.mutable_heads(H), {own, own},
-                         {ring_view(small_ring, slots), slots, first.data()});
+                         {ring_view(small_ring, slots), slots, position.data()});
     SSMLIB_CHECK_CUDA(cudaDeviceSynchronize());
     place(part_y.read(), piece, H * P, split_y);
     if (at == c.lengths) break;
@@ -262,13 +282,8 @@ void check_ssd(table& results, const ssd_case& c) {
     pieces piece;
     for (index_t i = 0; i < sequences; ++i)
       piece.add(offsets[i] + at[i], std::min((call + i) % (offered + 1), c.lengths[i] - at[i]));
-    const auto part = s.whole.pick(piece.rows);
-    const buffer<index_t> o(piece.offsets), position(at);
-    const buffer<std::int32_t> lacking(pending);
-    rows_buffer<T> part_y(static_cast<index_t>(piece.rows.size()), H * P);
-    part_y.poison();
-    auto pp = s.problem(part);
-    pp.offsets = o.data(), pp.sequences = sequences, pp.max_length = piece.longest();
+    const auto pp = pick(piece, at);
+    upload(pending, lacking);
     replay.position = position.data(), replay.pending = lacking.data();
     linear_recurrence_replay<T>(nullptr, pp, part_y.mutable_heads(H),
                                 {state.data(), states, strides}, replay);
@@ -359,13 +374,16 @@ void check_selective(table& results, const selective_case& s) {
     std::copy(h.begin(), h.end(), &last[i * size + d * N]);
   });
   const shape<3> states{sequences, D, N}, strides{size, N, 1};
+  rows_buffer<T> pdt(tokens, D, 2), pu(tokens, D), pg(tokens, D, 1), out(tokens, D, 1);
+  rows_buffer<T> pb(tokens, s.b_groups * N), pc(tokens, s.c_groups * N);
+  buffer<index_t> list(tokens), o(sequences + 1), position(sequences);
   const auto run = [&](const std::vector<index_t>& rows, const std::vector<index_t>& cuts,
                        index_t longest, const std::vector<index_t>& first, const R* from, R* to,
                        rows_buffer<R>& ring, index_t slots) {
-    const auto pdt = gathered(dt, rows), pu = gathered(u, rows), pg = gathered(gate, rows),
-               pb = gathered(b, rows), pc = gathered(c, rows);
-    const buffer<index_t> o(cuts), position(first);
-    rows_buffer<T> out(static_cast<index_t>(rows.size()), D, 1);
+    upload(rows, list), upload(cuts, o), upload(first, position);
+    const index_t n = static_cast<index_t>(rows.size());
+    gather(dt, list, n, pdt), gather(u, list, n, pu), gather(gate, list, n, pg);
+    gather(b, list, n, pb), gather(c, list, n, pc);
     out.poison();
     selective_problem<T> p{pdt.matrix(), a.matrix(), pc.heads(s.c_groups), pb.heads(s.b_groups),
                            pu.matrix()};
@@ -442,7 +460,7 @@ index_t layers_of(index_t bytes) {
 void time_ssd(index_t sequences, index_t tokens, index_t pending, double copy) {
   using T = bf16;
   const index_t H = 80, N = 128, P = 64, size = H * N * P, rows = 16;
-  const index_t layers = layers_of(sequences * size * 4);
+  const index_t layers = tokens > 16 ? 1 : layers_of(sequences * size * 4);
   rows_buffer<T> q(sequences * tokens, N), k(sequences * tokens, N), x(sequences * tokens, H * P);
   rows_buffer<T> dt(sequences * tokens, H), y(sequences * tokens, H * P);
   rows_buffer<float> state(layers * sequences, size), a(1, H), bias(1, H);

@@ -30,6 +30,7 @@ struct conv1d_step_arguments {
   index_t pieces, walks;  // groups of channels of a thread, cuts of a sequence
   bool aligned;           // the channels of a thread can be moved at once
   bool stores;            // inputs, to the ring
+  bool dense_weight;      // the taps of a thread lie together, at 16 bytes
 };
 
 template <class T>
@@ -51,6 +52,7 @@ class conv1d_walker {
     begin_ = o.p.offsets ? o.p.offsets[sequence] : sequence * o.p.max_length;
     length_ = (o.p.offsets ? o.p.offsets[sequence + 1] : begin_ + o.p.max_length) - begin_;
     position_ = o.p.position[sequence];
+    slot_ = o.p.ring.extents[1] > 0 ? position_ % o.p.ring.extents[1] : 0;
     ring_ = o.p.ring.data + sequence * o.p.ring.strides[0] + channel;
   }
 
@@ -62,11 +64,16 @@ class conv1d_walker {
     if constexpr (Width > 0) {
       R tap[Width][count];
       values past[Width];  // of the token at hand: the oldest first
+      const auto dense = load_numbers<count * Width>(o_.p.weight.data + channel_ * Width,
+                                                     o_.dense_weight ? valid_ * Width : 0, true);
 #pragma unroll
       for (int j = 0; j < Width; ++j) {
 #pragma unroll
-        for (int c = 0; c < count; ++c)
-          tap[j][c] = c < valid_ ? weight(c, j) : R(0);
+        for (int c = 0; c < count; ++c) {
+          tap[j][c] = o_.dense_weight ? R(widen(dense.v[c * Width + j]))
+                      : c < valid_    ? weight(c, j)
+                                      : R(0);
+        }
         if (j + 1 < Width) past[j + 1] = input(first - (Width - 1) + j);
       }
       constexpr int ahead = 4;
@@ -74,7 +81,7 @@ class conv1d_walker {
         numbers<T, count> raw[ahead];
 #pragma unroll
         for (int e = 0; e < ahead; ++e)
-          raw[e] = row(min(t0 + e, end - 1));
+          if (t0 + e < end) raw[e] = row(t0 + e);
 #pragma unroll
         for (int e = 0; e < ahead; ++e) {
           if (t0 + e >= end) break;
@@ -134,7 +141,12 @@ class conv1d_walker {
                                o_.aligned);
   }
   [[nodiscard]] SSMLIB_DEVICE T* ring_row(index_t t) const {
-    return ring_ + (position_ + t) % o_.p.ring.extents[1] * o_.p.ring.strides[1];
+    // One division a sequence: history is never farther away than the ring is long.
+    const index_t rows = o_.p.ring.extents[1];
+    index_t row = slot_ + (t < rows ? t : t % rows);
+    if (row < 0) row += rows;
+    if (row >= rows) row -= rows;
+    return ring_ + row * o_.p.ring.strides[1];
   }
   /// The input of a token, which may be of an earlier call or before the sequence.
   [[nodiscard]] SSMLIB_DEVICE values input(index_t t) const {
@@ -162,7 +174,7 @@ class conv1d_walker {
   const conv1d_step_arguments<T>& o_;
   index_t channel_;
   int valid_;
-  index_t begin_, length_, position_;
+  index_t begin_, length_, position_, slot_;
   T* ring_;
 };
 
@@ -226,6 +238,7 @@ void conv1d_step(cudaStream_t stream, const conv1d_step_problem<T>& p, view<T, 2
                              (p.channels() + count - 1) / count,
                              (p.max_length + conv1d_walk - 1) / conv1d_walk,
                              false,
+                             false,
                              false};
   o.aligned = rows_are_aligned(p.x.data, p.x.stride(0), count) &&
               rows_are_aligned(y.data, y.stride(0), count) &&
@@ -233,6 +246,9 @@ void conv1d_step(cudaStream_t stream, const conv1d_step_problem<T>& p, view<T, 2
               rows_are_aligned(p.ring.data, p.ring.stride(1), count);
   const index_t rows = p.ring.extent(1);
   o.stores = o.walks == 1 && rows > 0;
+  o.dense_weight = p.weight.stride(1) == 1 && p.weight.stride(0) == p.width() &&
+                   reinterpret_cast<std::uintptr_t>(p.weight.data) % 16 == 0 &&
+                   count * p.width() * static_cast<index_t>(sizeof(T)) % 16 == 0;
   const unsigned blocks = conv1d_step_blocks<T>(p.sequences * o.walks * o.pieces);
   const auto launch = [&](auto kernel) {
     kernel<<<blocks, conv1d_step_threads, 0, stream>>>(o);

@@ -109,8 +109,8 @@ void check_replay(const ssd_problem<T>& p, const recurrence_replay<T>& r) {
   const bool unit =
       (r.k.stride(3) == 1 || p.key_size() == 1) && (r.x.stride(3) == 1 || p.features() == 1);
   if (!unit) ssd_fail("the rings of k and x need unit inner strides");
-  if (rows < r.max_pending + p.max_length || rows < 1 || r.position == nullptr ||
-      r.pending == nullptr) {
+  if (rows < r.max_pending + p.max_length || rows < 1 ||
+      rows > std::numeric_limits<int>::max() / 2 || r.position == nullptr || r.pending == nullptr) {
     throw value_error("ssm: linear_recurrence_replay: rings of " + std::to_string(rows) +
                       " rows for " + std::to_string(r.max_pending) + " tokens to replay and " +
                       std::to_string(p.max_length) +
@@ -150,7 +150,7 @@ void linear_recurrence_replay(cudaStream_t stream, const ssd_problem<T>& p, view
   o.old_x = detail::replay_ring<T>(replay.x, p.heads);
   if (replay.log_a) o.old_log_a = detail::replay_ring<accum_t<T>>(replay.log_a, p.heads);
   if (replay.weight) o.old_weight = detail::replay_ring<accum_t<T>>(replay.weight, p.heads);
-  o.ring_rows = replay.k.extent(1);
+  o.ring_rows = static_cast<int>(replay.k.extent(1));
   o.position = replay.position;
   o.pending = replay.pending;
   detail::launch_recurrence<T, true>(stream, o, p.max_length + replay.max_pending);

@@ -52,7 +52,7 @@ struct recurrence_arguments {
   // replay
   replay_ring<T> old_k, old_x;
   replay_ring<real> old_log_a, old_weight;
-  index_t ring_rows;
+  int ring_rows;
   const index_t* position;
   const std::int32_t* pending;
 
@@ -159,7 +159,7 @@ class recurrence_block {
     decays_ = reinterpret_cast<token_decay<R>*>(space + 2 * buffer_);
     begin_ = o.p.begin(sequence_);
     count_ = o.p.end(sequence_) - begin_;
-    if constexpr (Replay) position_ = o.position[sequence_];
+    if constexpr (Replay) slot_ = static_cast<int>(o.position[sequence_] % o.ring_rows);
     d_ = o.p.d.data == nullptr ? R(0) : *o.p.d.head(head_);
   }
 
@@ -220,9 +220,11 @@ class recurrence_block {
     }
   }
 
-  /// Row of a token in the rings of factors.
-  [[nodiscard]] SSMLIB_DEVICE index_t ring_row(index_t t) const {
-    return (position_ + t) % o_.ring_rows;
+  /// Row of a token in the rings of factors, which are longer than tokens are away.
+  [[nodiscard]] SSMLIB_DEVICE int ring_row(index_t t) const {
+    int r = slot_ + static_cast<int>(t);
+    if (r < 0) r += o_.ring_rows;
+    return r < o_.ring_rows ? r : r - o_.ring_rows;
   }
   /// Whether this block keeps the factors of its group: those that heads share belong to the first.
   [[nodiscard]] SSMLIB_DEVICE bool keeps(int heads_a_group) const {
@@ -384,7 +386,8 @@ class recurrence_block {
   R h_[Own][width];
   R* space_;
   token_decay<R>* decays_;
-  index_t sequence_, begin_, count_, position_ = 0;
+  index_t sequence_, begin_, count_;
+  int slot_ = 0;  // of the first new token
   int slice_, head_, quad_, key_, own_, features_, from_, valid_, keys_, warps_, buffer_;
   R d_;
 };
