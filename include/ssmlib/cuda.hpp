@@ -15,4 +15,9 @@
 #include <ssmlib/kernels/cuda/skinny.hpp>
 #include <ssmlib/kernels/cuda/ssd.hpp>
 #include <ssmlib/kernels/cuda/ssd_step.hpp>
+#include <ssmlib/lower/cuda/quadratic.hpp>
+#include <ssmlib/lower/cuda/selective.hpp>
+#include <ssmlib/lower/cuda/semiseparable.hpp>
+#include <ssmlib/lower/cuda/softmax.hpp>
+#include <ssmlib/lower/cuda/wrappers.hpp>
 #include <ssmlib/tensor/transfer.hpp>
