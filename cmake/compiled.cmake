@@ -109,7 +109,10 @@ endif()
 target_compile_definitions(ssmlib_compiled PUBLIC SSMLIB_COMPILED)
 # Kernels choose their vector width at compile time, so whoever links this library must be compiled
 # for the same instruction set.
-target_compile_options(ssmlib_compiled INTERFACE ${ssmlib_isa_flags})
+list(JOIN ssmlib_isa_flags "," isa_flags)
+target_compile_options(
+  ssmlib_compiled INTERFACE $<$<COMPILE_LANGUAGE:CXX>:${ssmlib_isa_flags}>
+                            $<$<AND:$<BOOL:${isa_flags}>,$<COMPILE_LANGUAGE:CUDA>>:-Xcompiler=${isa_flags}>)
 ssmlib_own_target(ssmlib_compiled -O3)
 if(NOT PROJECT_IS_TOP_LEVEL)
   set_target_properties(ssmlib_compiled PROPERTIES EXCLUDE_FROM_ALL ON)

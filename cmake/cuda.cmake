@@ -34,3 +34,43 @@ if(SSMLIB_CUDA_FOUND)
     ssmlib_cuda INTERFACE $<$<COMPILE_LANG_AND_ID:CUDA,NVIDIA>:-std=c++20
                           --expt-relaxed-constexpr>)
 endif()
+
+# ssmlib::cuda_compiled: the kernels as a static library, so that their users need no nvcc. Each
+# family of SSMLIB_INSTANTIATE(cuda_..., ) in a .cuh header becomes one generated file.
+function(ssmlib_add_cuda_compiled)
+  set(dir ${PROJECT_BINARY_DIR}/compiled)
+  set(include ${PROJECT_SOURCE_DIR}/include)
+  file(GLOB_RECURSE headers CONFIGURE_DEPENDS RELATIVE ${include} ${include}/ssmlib/*.cuh)
+  set(families)
+  foreach(header IN LISTS headers)
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${include}/${header})
+    file(READ ${include}/${header} text)
+    string(REGEX MATCHALL "SSMLIB_INSTANTIATE\\([ \\\n]*cuda_[a-z0-9_]+" uses "${text}")
+    list(TRANSFORM uses REPLACE "SSMLIB_INSTANTIATE\\([ \\\n]*" "")
+    list(REMOVE_DUPLICATES uses)
+    foreach(family IN LISTS uses)
+      list(APPEND families ${family})
+      string(APPEND includes_${family} "#include <${header}>\n")
+    endforeach()
+  endforeach()
+  list(REMOVE_DUPLICATES families)
+  # What is no template: the backend itself.
+  string(PREPEND includes_cuda_elements "#include <ssmlib/backend/cuda_impl.hpp>\n")
+  set(sources)
+  foreach(family IN LISTS families)
+    set(includes ${includes_${family}})
+    file(CONFIGURE OUTPUT ${dir}/${family}.cu CONTENT
+[[// Generated from cmake/cuda.cmake.
+#define SSMLIB_DEFINE_@family@ , template
+@includes@]] @ONLY)
+    list(APPEND sources ${dir}/${family}.cu)
+  endforeach()
+  add_library(ssmlib_cuda_compiled STATIC EXCLUDE_FROM_ALL ${sources})
+  add_library(ssmlib::cuda_compiled ALIAS ssmlib_cuda_compiled)
+  set_target_properties(ssmlib_cuda_compiled PROPERTIES OUTPUT_NAME ssmlib_cuda
+                                                        POSITION_INDEPENDENT_CODE ON)
+  target_link_libraries(ssmlib_cuda_compiled PUBLIC ssmlib_cuda ssmlib_compiled CUDA::cublasLt
+                                                    CUDA::cufft)
+  # 554: conversions to views of constants; 20012: Eigen's own annotations.
+  target_compile_options(ssmlib_cuda_compiled PRIVATE -O3 -lineinfo --diag-suppress=554,20012)
+endfunction()

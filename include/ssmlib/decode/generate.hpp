@@ -4,6 +4,7 @@
 #include <ssmlib/decode/sampling.hpp>
 #include <ssmlib/model/language_model.hpp>
 
+#include <concepts>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -54,23 +55,35 @@ inline void check_prompts(const char* operation, const token_rows& prompts) {
   }
 }
 
+/// Logits where the host reads them.
+template <Floating T, Backend B>
+[[nodiscard]] tensor<accum_t<T>, 3> logits_on_host(const tensor<T, 3, B>& logits) {
+  if constexpr (std::same_as<T, bf16>) {
+    return cast<float>(on_host(logits));
+  } else {
+    return on_host(logits);
+  }
+}
+
 /// Logits of the last new token of each sequence that has one, in step order; (sequences, V).
 template <class M>
-[[nodiscard]] tensor<typename M::value_type, 3> last_logits(const M& model, const cpu::context& ctx,
-                                                            typename M::state_type& state,
-                                                            const token_rows& rows) {
+[[nodiscard]] tensor<accum_t<typename M::value_type>, 3> last_logits(
+    const M& model, const typename M::backend::context& ctx, typename M::state_type& state,
+    const token_rows& rows) {
   using T = typename M::value_type;
+  using B = typename M::backend;
+  const typename B::scope scope(ctx);
   const packed_ids packed(rows);
-  const pass<T> p{ctx, nullptr, true};
-  const tensor<T, 3> hidden = model.advance(p, state, packed.ids, packed.layout);
+  const pass<T, B> p{ctx, nullptr, true};
+  const tensor<T, 3, B> hidden = model.advance(p, state, packed.ids, packed.layout);
   const index_t n = packed.layout.sequences();
-  auto last = tensor<T, 3>::zeros(1, n, hidden.extent(2));
+  auto last = tensor<T, 3, B>::zeros(1, n, hidden.extent(2));
   for (index_t i = 0; i < n; ++i) {
     if (packed.layout.length(i) == 0) continue;
     last.slice(1, i, i + 1)
         .copy_from(hidden.slice(1, packed.layout.end(i) - 1, packed.layout.end(i)));
   }
-  return model.head()(p, last);
+  return logits_on_host(model.head()(p, last));
 }
 
 template <Real T>
@@ -88,9 +101,9 @@ template <Real T>
 ///                 else is in the batch
 /// @throws value_error  an empty prompt or an option outside its range.
 template <LanguageModel M>
-[[nodiscard]] token_rows generate(const M& model, const token_rows& prompts,
-                                  const generate_options& options = {},
-                                  const cpu::context& ctx = default_context<cpu>()) {
+[[nodiscard]] token_rows generate(
+    const M& model, const token_rows& prompts, const generate_options& options = {},
+    const typename M::backend::context& ctx = default_context<typename M::backend>()) {
   detail::check_prompts("generate", prompts);
   check_sampling(options.sampling);
   auto state = model.initial_state(static_cast<index_t>(prompts.size()), 0);

@@ -42,7 +42,8 @@ template <class Target, class Draft>
 class speculator {
  public:
   speculator(const Target& target, const Draft& draft, const generate_options& options,
-             index_t draft_tokens, const token_rows& prompts, const cpu::context& ctx)
+             index_t draft_tokens, const token_rows& prompts,
+             const typename Target::backend::context& ctx)
       : target_(target),
         draft_(draft),
         options_(options),
@@ -136,9 +137,10 @@ class speculator {
       rows[i].insert(rows[i].end(), sequences_[i].proposal.begin(), sequences_[i].proposal.end());
     }
     const packed_ids packed(rows);
-    const pass<TargetReal> p{ctx_, nullptr, true};
+    const typename Target::backend::scope scope(ctx_);
+    const pass<TargetReal, typename Target::backend> p{ctx_, nullptr, true};
     const auto hidden = target_.advance(p, target_state_, packed.ids, packed.layout);
-    const auto logits = target_.head()(p, hidden);
+    const auto logits = logits_on_host(target_.head()(p, hidden));
     std::vector<index_t> target_back(sequences_.size(), 0), draft_back(sequences_.size(), 0);
     for (std::size_t i = 0; i < sequences_.size(); ++i) {
       if (sequences_[i].done) continue;
@@ -156,7 +158,7 @@ class speculator {
 
   // Emits the agreed tokens and one of the target's own; returns how many proposals were agreed.
   // A token that the draft has not seen goes to `pending`.
-  index_t accept(std::size_t i, const tensor<TargetReal, 3>& logits, index_t first,
+  index_t accept(std::size_t i, const tensor<accum_t<TargetReal>, 3>& logits, index_t first,
                  index_t position) {
     sequence& s = sequences_[i];
     const auto k = static_cast<index_t>(s.proposal.size());
@@ -217,7 +219,7 @@ class speculator {
   const Target& target_;
   const Draft& draft_;
   const generate_options& options_;
-  const cpu::context& ctx_;
+  const typename Target::backend::context& ctx_;
   index_t draft_tokens_;
   typename Target::state_type target_state_;
   typename Draft::state_type draft_state_;
@@ -238,11 +240,11 @@ class speculator {
 /// @source Leviathan et al. 2022, arXiv:2211.17192; for recurrent states: Wang et al. 2024,
 ///         arXiv:2408.15237, section 4.
 template <LanguageModel Target, LanguageModel Draft>
-[[nodiscard]] speculation_result speculate(const Target& target, const Draft& draft,
-                                           const token_rows& prompts,
-                                           const generate_options& options = {},
-                                           const speculation_options& speculation = {},
-                                           const cpu::context& ctx = default_context<cpu>()) {
+requires std::same_as<typename Target::backend, typename Draft::backend>
+[[nodiscard]] speculation_result speculate(
+    const Target& target, const Draft& draft, const token_rows& prompts,
+    const generate_options& options = {}, const speculation_options& speculation = {},
+    const typename Target::backend::context& ctx = default_context<typename Target::backend>()) {
   detail::check_prompts("speculate", prompts);
   check_sampling(options.sampling);
   if (speculation.draft_tokens < 1 || speculation.draft_tokens >= max_fixed_step) {
