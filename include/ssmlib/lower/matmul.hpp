@@ -33,8 +33,8 @@ template <Real T, int R>
   return transpose ? transposed(m) : m;
 }
 
-template <int RA, int RB, Real T>
-[[nodiscard]] shape<RA> matmul_extents(const tensor<T, RA>& a, const tensor<T, RB>& b,
+template <int RA, int RB, Floating T, Backend B>
+[[nodiscard]] shape<RA> matmul_extents(const tensor<T, RA, B>& a, const tensor<T, RB, B>& b,
                                        matmul_options o) {
   static_assert(RA >= 2 && (RB == RA || RB == 2),
                 "ssm: matmul takes two tensors of one rank (2 to 4), or a matrix on the right");

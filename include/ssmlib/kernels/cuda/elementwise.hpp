@@ -9,6 +9,7 @@
 #include <array>
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <type_traits>
 
 /// @file
@@ -109,29 +110,81 @@ void elementwise_reduction(cudaStream_t stream, const elementwise_gradient_probl
 
 namespace detail {
 
-/// How a sum over repeated axes is cut: blocks of 256 threads, `kept_lanes` sums of neighbouring
-/// elements at a time, and each sum in pieces.
-struct reduction_plan {
-  shape<4> kept{1, 1, 1, 1}, repeated{1, 1, 1, 1};  // the extents, 1 on the other's axes
-  index_t sums = 1, terms = 1, tiles = 1, pieces = 1;
-  int kept_lanes = 1;
-  bool kept_innermost = false;  // whether neighbouring threads have neighbouring sums
+/// f(number, bytes of an element) for each leaf of a form.
+template <class F, std::size_t First = 0, class G>
+void leaf_bytes(std::type_identity<F>, G g) {
+  if constexpr (requires {
+                  F::a;
+                  F::b;
+                }) {
+    leaf_bytes<decltype(F::a), First>(std::type_identity<decltype(F::a)>{}, g);
+    constexpr std::size_t next = First + form::traits<decltype(F::a)>::leaves;
+    leaf_bytes<decltype(F::b), next>(std::type_identity<decltype(F::b)>{}, g);
+  } else if constexpr (requires { F::a; }) {
+    leaf_bytes<decltype(F::a), First>(std::type_identity<decltype(F::a)>{}, g);
+  } else if constexpr (form::traits<F>::leaves == 1) {
+    g(First, form::traits<F>::bytes);
+  }
+}
 
-  reduction_plan(const shape<4>& extents, const shape<4>& strides) {
+/// Whether rows can be accessed 16 bytes at a time: innermost elements are neighbours.
+inline bool rows_are_wide(const void* data, const shape<4>& extents, const shape<4>& strides,
+                          std::size_t bytes) {
+  bool wide = reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && strides[3] == 1;
+  for (std::size_t d = 0; d < 3; ++d) {
+    wide = wide && (extents[d] == 1 || strides[d] * static_cast<index_t>(bytes) % 16 == 0);
+  }
+  return wide;
+}
+template <class F>
+[[nodiscard]] bool operands_are_wide(const elementwise_operands<F>& in) {
+  bool wide = true;
+  leaf_bytes(std::type_identity<F>{}, [&](std::size_t k, std::size_t bytes) {
+    wide = wide && (in.strides[k][3] == 0 ||  // one element a row
+                    rows_are_wide(in.data[k], in.extents, in.strides[k], bytes));
+  });
+  return wide;
+}
+
+/// Elements of 16 bytes of the smallest type.
+template <class F, class To>
+inline constexpr int elementwise_width = static_cast<int>(16 / std::min(form::traits<F>::bytes,
+                                                                        sizeof(To)));
+
+/// How a sum over repeated axes is cut: into blocks of 256 threads, each thread with groups of
+/// `width` neighbours along the last axis; `kept_lanes` groups of sums at a time, each sum in
+/// pieces.
+struct reduction_plan {
+  shape<4> kept{1, 1, 1, 1}, repeated{1, 1, 1, 1};  // the extents in groups, 1 on the other's axes
+  index_t groups = 1, terms = 1, tiles = 1, pieces = 1;
+  int width = 1, kept_lanes = 1;
+  bool kept_innermost = false;  // whether neighbours belong to neighbouring sums
+
+  reduction_plan() = default;
+  template <class F, Floating To>
+  reduction_plan(const elementwise_gradient_problem<F, To>& p, std::size_t leaf) {
+    shape<4> n = p.in.extents;
+    if (n[3] >= elementwise_width<F, To> && operands_are_wide(p.in) &&
+        rows_are_wide(p.dy, n, p.dy_strides, sizeof(To))) {
+      width = elementwise_width<F, To>;
+    }
+    n[3] = (n[3] + width - 1) / width;
+    const shape<4>& strides = p.gradient_strides[leaf];
     for (std::size_t d = 0; d < 4; ++d)
-      (strides[d] == 0 ? repeated : kept)[d] = extents[d];
-    sums = element_count(kept);
+      (strides[d] == 0 ? repeated : kept)[d] = n[d];
+    groups = element_count(kept);
     terms = element_count(repeated);
-    kept_innermost = kept[3] > 1;
+    kept_innermost = strides[3] != 0;
     int lanes = 1;  // a power of two
     const index_t most = kept_innermost ? 32 : 256, wanted = kept_innermost ? kept[3] : terms;
     while (lanes < most && lanes < wanted)
       lanes *= 2;
     kept_lanes = kept_innermost ? lanes : 256 / lanes;
-    tiles = (sums + kept_lanes - 1) / kept_lanes;
-    const index_t lanes_a_sum = 256 / kept_lanes;
-    pieces = std::clamp<index_t>(1056 / tiles, 1, std::max<index_t>(1, terms / (8 * lanes_a_sum)));
+    tiles = (groups + kept_lanes - 1) / kept_lanes;
+    pieces = std::clamp<index_t>(1056 / tiles, 1, std::max<index_t>(1, terms * kept_lanes / 2048));
   }
+  /// Sums of a group.
+  [[nodiscard]] constexpr int sums() const { return kept_innermost ? width : 1; }
 };
 
 }  // namespace detail
@@ -139,8 +192,9 @@ struct reduction_plan {
 template <class F, Floating To>
 [[nodiscard]] std::size_t elementwise_reduction_bytes(const elementwise_gradient_problem<F, To>& p,
                                                       std::size_t leaf) {
-  const detail::reduction_plan plan(p.in.extents, p.gradient_strides[leaf]);
-  return plan.pieces == 1 ? 0 : static_cast<std::size_t>(plan.pieces * plan.sums) * sizeof(double);
+  const detail::reduction_plan plan(p, leaf);
+  if (plan.pieces == 1) return 0;
+  return static_cast<std::size_t>(plan.pieces * plan.groups * plan.sums()) * sizeof(double);
 }
 
 // ---- the forms that the library itself evaluates, compiled once ---------------------------------
