@@ -87,7 +87,7 @@ class norm_share {
   static constexpr int vector = Held ? 16 / static_cast<int>(sizeof(T)) : 1;
   using values = numbers<R, vector>;
 
-  /// Null reads as zeros.
+  /// Null reads as zeros. Rows are read once: they are not to push the weights out of the cache.
   SSMLIB_DEVICE void load(const T* row, const norm_team& team, index_t group) {
     row_ = row;
     if constexpr (Held) {
@@ -95,7 +95,7 @@ class norm_share {
       for (int i = 0; i < Items; ++i) {
         raw_[i] = {};
         const index_t c = column(i, team);
-        if (row != nullptr && c < group) raw_[i] = *reinterpret_cast<const uint4*>(row + c);
+        if (row != nullptr && c < group) raw_[i] = __ldcs(reinterpret_cast<const uint4*>(row + c));
       }
     }
   }
