@@ -14,3 +14,10 @@
 #else
 #error "ssm: the CPU kernels use GNU vector extensions; build with g++ or clang"
 #endif
+
+/// For functions that kernels of every backend call: nvcc compiles them for the device too.
+#if defined(__CUDACC__)
+#define SSMLIB_HOST_DEVICE __host__ __device__
+#else
+#define SSMLIB_HOST_DEVICE
+#endif

@@ -29,6 +29,9 @@ enum class operand { per_token, parameter };
 /// and, where dense() alone does not say it or the operands are not enough,
 ///
 ///   causal() -> causality        whether rows depend on tokens after theirs; see causality_of
+///   on_host()                    the same node with T = double on the CPU, its tensors copied:
+///   what
+///                                dense() and column() of a node on another backend are those of
 ///   check_length(longest)        throws shape_error where a sequence of `longest` tokens is too
 ///   much
 ///
@@ -77,6 +80,13 @@ template <MatrixMixer M>
 }
 
 namespace detail {
+
+/// A tensor on the host in double; absent stays absent.
+template <class T, int R, Backend B>
+[[nodiscard]] tensor<double, R> exact_on_host(const tensor<T, R, B>& t) {
+  if (!t) return {};
+  return cast<double>(on_host(t));
+}
 
 template <class T>
 inline constexpr bool is_tensor = false;

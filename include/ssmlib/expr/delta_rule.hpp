@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <utility>
 #include <vector>
 
@@ -48,9 +49,14 @@ struct delta_rule_mixer {
     gram<T, B>::operands(self.kernel, f);
   }
 
+  [[nodiscard]] auto on_host() const {
+    return delta_rule_mixer<double>{detail::exact_on_host(log_decay), detail::exact_on_host(beta),
+                                    kernel.on_host(), layout};
+  }
   /// out[t - begin] = entry (t, s) for the tokens begin <= t < end of the sequence of token s: the
   /// vector k_s beta_s multiplied by one transition after the other.
-  void column(index_t begin, index_t end, index_t s, index_t h, double* out) const {
+  void column(index_t begin, index_t end, index_t s, index_t h,
+              double* out) const requires std::same_as<B, cpu> {
     const index_t n = length(), hg = group_of(h, heads(), log_decay.extent(2)),
                   hb = group_of(h, heads(), beta.extent(2)),
                   hq = group_of(h, heads(), kernel.q.extent(2)),
@@ -79,6 +85,10 @@ struct delta_rule_mixer {
       }
       out[t - begin] = kernel.alpha * sum;
     }
+  }
+  void column(index_t begin, index_t end, index_t s, index_t h, double* out) const
+      requires(!std::same_as<B, cpu>) {
+    on_host().column(begin, end, s, h, out);
   }
   [[nodiscard]] tensor<double, 4> dense() const { return detail::dense_columns(*this); }
 };

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <utility>
 #include <vector>
 
@@ -40,8 +41,12 @@ struct gated_linear_mixer {
     gram<T, B>::operands(self.kernel, f);
   }
 
+  [[nodiscard]] auto on_host() const {
+    return gated_linear_mixer<double>{detail::exact_on_host(log_gate), kernel.on_host(), layout};
+  }
   /// out[t - begin] = entry (t, s) for the tokens begin <= t < end of the sequence of token s.
-  void column(index_t begin, index_t end, index_t s, index_t h, double* out) const {
+  void column(index_t begin, index_t end, index_t s, index_t h,
+              double* out) const requires std::same_as<B, cpu> {
     const index_t n = length(), hg = group_of(h, heads(), log_gate.extent(2)),
                   hq = group_of(h, heads(), kernel.q.extent(2)),
                   hk = group_of(h, heads(), kernel.k.extent(2));
@@ -56,6 +61,10 @@ struct gated_linear_mixer {
       }
       out[t - begin] = kernel.alpha * sum;
     }
+  }
+  void column(index_t begin, index_t end, index_t s, index_t h, double* out) const
+      requires(!std::same_as<B, cpu>) {
+    on_host().column(begin, end, s, h, out);
   }
   [[nodiscard]] tensor<double, 4> dense() const { return detail::dense_columns(*this); }
 };

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/base/config.hpp>
 #include <ssmlib/expr/concepts.hpp>
 
 #include <algorithm>
@@ -10,47 +11,48 @@
 namespace ssm {
 
 /// Feature maps phi of linear attention, applied to queries and keys element by element. A map of
-/// your own is a struct with these two static functions (x is float or double).
+/// your own is a struct with these two static functions (x is float or double); for CUDA they are
+/// SSMLIB_HOST_DEVICE, and nvcc compiles what uses them.
 namespace feature {
 
 struct identity {
   template <Floating T>
-  static T value(T x) {
+  SSMLIB_HOST_DEVICE static T value(T x) {
     return x;
   }
   template <Floating T>
-  static T slope(T) {
+  SSMLIB_HOST_DEVICE static T slope(T) {
     return T(1);
   }
 };
 /// elu(x) + 1 > 0. @source Katharopoulos et al. 2020, arXiv:2006.16236, eq. 7.
 struct elu_plus_one {
   template <Floating T>
-  static T value(T x) {
+  SSMLIB_HOST_DEVICE static T value(T x) {
     return x > T(0) ? x + T(1) : std::exp(x);
   }
   template <Floating T>
-  static T slope(T x) {
+  SSMLIB_HOST_DEVICE static T slope(T x) {
     return x > T(0) ? T(1) : std::exp(x);
   }
 };
 struct relu {
   template <Floating T>
-  static T value(T x) {
+  SSMLIB_HOST_DEVICE static T value(T x) {
     return x > T(0) ? x : T(0);
   }
   template <Floating T>
-  static T slope(T x) {
+  SSMLIB_HOST_DEVICE static T slope(T x) {
     return x > T(0) ? T(1) : T(0);
   }
 };
 struct exponential {
   template <Floating T>
-  static T value(T x) {
+  SSMLIB_HOST_DEVICE static T value(T x) {
     return std::exp(x);
   }
   template <Floating T>
-  static T slope(T x) {
+  SSMLIB_HOST_DEVICE static T slope(T x) {
     return std::exp(x);
   }
 };
@@ -100,7 +102,11 @@ struct gram {
     f("k", self.k, operand::per_token);
   }
 
-  /// Entry (t, s) of head h; t and s count over all tokens. The definition, in double.
+  [[nodiscard]] auto on_host() const {
+    return gram<double, cpu, Phi>{detail::exact_on_host(q), detail::exact_on_host(k), alpha,
+                                  layout};
+  }
+  /// Entry (t, s) of head h; t and s count over all tokens. The definition, in double; on the CPU.
   [[nodiscard]] double entry(index_t t, index_t s, index_t h, index_t heads) const {
     const index_t n = length(), hq = group_of(h, heads, q.extent(2)),
                   hk = group_of(h, heads, k.extent(2));
@@ -111,9 +117,12 @@ struct gram {
     }
     return alpha * sum;
   }
-  [[nodiscard]] tensor<double, 4> dense() const {
+  [[nodiscard]] tensor<double, 4> dense() const requires std::same_as<B, cpu> {
     return detail::dense_entries(
         *this, heads(), [&](index_t t, index_t s, index_t h) { return entry(t, s, h, heads()); });
+  }
+  [[nodiscard]] tensor<double, 4> dense() const requires(!std::same_as<B, cpu>) {
+    return on_host().dense();
   }
 };
 

@@ -67,7 +67,15 @@ struct masked_gram {
     L::operands(self.mask, f);
     gram<T, B, Phi>::operands(self.kernel, f);
   }
-  [[nodiscard]] tensor<double, 4> dense() const {
+  [[nodiscard]] auto on_host() const {
+    auto exact = mask.on_host();
+    return masked_gram<decltype(exact), double, cpu, Phi>{std::move(exact), kernel.on_host(),
+                                                          layout};
+  }
+  [[nodiscard]] tensor<double, 4> dense() const requires(!std::same_as<B, cpu>) {
+    return on_host().dense();
+  }
+  [[nodiscard]] tensor<double, 4> dense() const requires std::same_as<B, cpu> {
     tensor<double, 4> m = mask_dense();
     const sequence_layout sequences = layout_of(*this);
     for (index_t i = 0; i < sequences.sequences(); ++i) {
@@ -170,6 +178,10 @@ struct row_normalized {
   static void operands(Self& self, F&& f) {
     M::operands(self.inner, f);
   }
+  [[nodiscard]] auto on_host() const {
+    auto exact = inner.on_host();
+    return row_normalized<decltype(exact)>{std::move(exact), layout};
+  }
   [[nodiscard]] tensor<double, 4> dense() const {
     M plain = inner;
     plain.layout = layout;
@@ -222,10 +234,15 @@ struct with_diagonal {
     M::operands(self.inner, f);
     f("d", self.d, operand::parameter);
   }
+  [[nodiscard]] auto on_host() const {
+    auto exact = inner.on_host();
+    return with_diagonal<decltype(exact)>{std::move(exact), detail::exact_on_host(d), layout};
+  }
   [[nodiscard]] tensor<double, 4> dense() const {
     M plain = inner;
     plain.layout = layout;
     const tensor<double, 4> narrow = plain.dense();
+    const tensor<double, 1> skip = detail::exact_on_host(d);
     const index_t n = narrow.extent(2);
     tensor<double, 4> m(narrow.extent(0), heads(), n, n);
     for (index_t b = 0; b < m.extent(0); ++b) {
@@ -234,7 +251,7 @@ struct with_diagonal {
         for (index_t t = 0; t < n; ++t) {
           for (index_t s = 0; s < n; ++s)
             m(b, h, t, s) = narrow(b, from, t, s);
-          m(b, h, t, t) += static_cast<double>(d(group_of(h, heads(), d.extent(0))));
+          m(b, h, t, t) += skip(group_of(h, heads(), d.extent(0)));
         }
       }
     }

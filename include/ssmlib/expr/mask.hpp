@@ -3,7 +3,9 @@
 #include <ssmlib/expr/concepts.hpp>
 
 #include <cmath>
+#include <concepts>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace ssm {
@@ -21,26 +23,37 @@ concept DefinedMask = MatrixMixer<L> && requires(const L& l, double* out) {
 };
 
 namespace detail {
+/// The algorithms of a semiseparable mask by itself. On the CPU a scan has no use for chunks.
+template <class B>
+using scan_algorithms =
+    std::conditional_t<std::same_as<B, cpu>, alg_list<alg::recurrent, alg::quadratic>,
+                       alg_list<alg::chunked, alg::recurrent, alg::quadratic>>;
+
 /// dense() of a mask from its columns.
 template <class L>
 [[nodiscard]] tensor<double, 4> dense_columns(const L& l, const sequence_layout& layout,
                                               bool packed, index_t batch, index_t length,
                                               index_t heads) {
-  const index_t n = packed ? layout.tokens() : length;
-  auto out = tensor<double, 4>::zeros(packed ? 1 : batch, heads, n, n);
-  std::vector<double> column(static_cast<std::size_t>(n));
-  for (index_t i = 0; i < layout.sequences(); ++i) {
-    const index_t begin = layout.begin(i), end = layout.end(i), base = packed ? 0 : begin;
-    for (index_t h = 0; h < heads; ++h) {
-      for (index_t s = begin; s < end; ++s) {
-        l.column(begin, end, s, h * l.heads() / heads, column.data());
-        for (index_t t = begin; t < end; ++t) {
-          out(packed ? 0 : i, h, t - base, s - base) = column[static_cast<std::size_t>(t - begin)];
+  if constexpr (!std::same_as<typename L::backend, cpu>) {
+    return dense_columns(l.on_host(), layout, packed, batch, length, heads);
+  } else {
+    const index_t n = packed ? layout.tokens() : length;
+    auto out = tensor<double, 4>::zeros(packed ? 1 : batch, heads, n, n);
+    std::vector<double> column(static_cast<std::size_t>(n));
+    for (index_t i = 0; i < layout.sequences(); ++i) {
+      const index_t begin = layout.begin(i), end = layout.end(i), base = packed ? 0 : begin;
+      for (index_t h = 0; h < heads; ++h) {
+        for (index_t s = begin; s < end; ++s) {
+          l.column(begin, end, s, h * l.heads() / heads, column.data());
+          for (index_t t = begin; t < end; ++t) {
+            out(packed ? 0 : i, h, t - base, s - base) =
+                column[static_cast<std::size_t>(t - begin)];
+          }
         }
       }
     }
+    return out;
   }
-  return out;
 }
 template <class L>
 [[nodiscard]] tensor<double, 4> dense_columns(const L& l) {
@@ -56,7 +69,7 @@ struct causal_mask {
   using value_type = T;
   using backend = B;
   using structure = structure::causal_ones;
-  using algorithms = alg_list<alg::recurrent, alg::quadratic>;
+  using algorithms = detail::scan_algorithms<B>;
 
   sequence_layout layout{};
 
@@ -65,6 +78,7 @@ struct causal_mask {
   [[nodiscard]] index_t heads() const { return 1; }
   template <class Self, class F>
   static void operands(Self&, F&&) {}
+  [[nodiscard]] auto on_host() const { return causal_mask<double>{layout}; }
   void column(index_t begin, index_t end, index_t s, index_t, double* out) const {
     for (index_t t = begin; t < end; ++t)
       out[t - begin] = t >= s ? 1.0 : 0.0;
@@ -107,6 +121,7 @@ struct window_mask {
   [[nodiscard]] static constexpr causality causal() { return causality::causal; }
   template <class Self, class F>
   static void operands(Self&, F&&) {}
+  [[nodiscard]] auto on_host() const { return window_mask<double>{size, layout}; }
   void column(index_t begin, index_t end, index_t s, index_t, double* out) const {
     for (index_t t = begin; t < end; ++t)
       out[t - begin] = t >= s && t - s < size ? 1.0 : 0.0;
@@ -121,7 +136,7 @@ struct decay_mask {
   using value_type = T;
   using backend = B;
   using structure = structure::one_semiseparable;
-  using algorithms = alg_list<alg::recurrent, alg::quadratic>;
+  using algorithms = detail::scan_algorithms<B>;
 
   tensor<T, 1, B> gamma;  // (H)
   sequence_layout layout{};
@@ -133,7 +148,15 @@ struct decay_mask {
   static void operands(Self& self, F&& f) {
     f("gamma", self.gamma, operand::parameter);
   }
-  void column(index_t begin, index_t end, index_t s, index_t h, double* out) const {
+  [[nodiscard]] auto on_host() const {
+    return decay_mask<double>{detail::exact_on_host(gamma), layout};
+  }
+  void column(index_t begin, index_t end, index_t s, index_t h, double* out) const
+      requires(!std::same_as<B, cpu>) {
+    on_host().column(begin, end, s, h, out);
+  }
+  void column(index_t begin, index_t end, index_t s, index_t h,
+              double* out) const requires std::same_as<B, cpu> {
     double power = 1.0;
     for (index_t t = begin; t < end; ++t) {
       out[t - begin] = t >= s ? power : 0.0;
@@ -159,7 +182,7 @@ struct semiseparable_mask {
   using value_type = T;
   using backend = B;
   using structure = structure::one_semiseparable;
-  using algorithms = alg_list<alg::recurrent, alg::quadratic>;
+  using algorithms = detail::scan_algorithms<B>;
 
   tensor<T, 3, B> log_a;   // (b, T, H)
   tensor<T, 3, B> weight;  // (b, T, H) or absent
@@ -173,7 +196,16 @@ struct semiseparable_mask {
     f("log_a", self.log_a, operand::per_token);
     if (self.weight) f("weight", self.weight, operand::per_token);
   }
-  void column(index_t begin, index_t end, index_t s, index_t h, double* out) const {
+  [[nodiscard]] auto on_host() const {
+    return semiseparable_mask<double>{detail::exact_on_host(log_a), detail::exact_on_host(weight),
+                                      layout};
+  }
+  void column(index_t begin, index_t end, index_t s, index_t h, double* out) const
+      requires(!std::same_as<B, cpu>) {
+    on_host().column(begin, end, s, h, out);
+  }
+  void column(index_t begin, index_t end, index_t s, index_t h,
+              double* out) const requires std::same_as<B, cpu> {
     const index_t n = length();
     const double w = weight ? static_cast<double>(weight(s / n, s % n, h)) : 1.0;
     double sum = 0.0;
@@ -235,7 +267,15 @@ struct toeplitz_mask {
                         " tokens; wanted at least as many distances");
     }
   }
-  void column(index_t begin, index_t end, index_t s, index_t h, double* out) const {
+  [[nodiscard]] auto on_host() const {
+    return toeplitz_mask<double>{detail::exact_on_host(kernel), layout};
+  }
+  void column(index_t begin, index_t end, index_t s, index_t h, double* out) const
+      requires(!std::same_as<B, cpu>) {
+    on_host().column(begin, end, s, h, out);
+  }
+  void column(index_t begin, index_t end, index_t s, index_t h,
+              double* out) const requires std::same_as<B, cpu> {
     check_length(end - begin);
     for (index_t t = begin; t < end; ++t) {
       out[t - begin] = t >= s ? static_cast<double>(kernel(h, t - s)) : 0.0;

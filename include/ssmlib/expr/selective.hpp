@@ -3,6 +3,7 @@
 #include <ssmlib/expr/mask.hpp>
 
 #include <cmath>
+#include <concepts>
 #include <string>
 
 namespace ssm {
@@ -42,8 +43,13 @@ struct selective_mixer {
     f("b", self.b, operand::per_token);
   }
 
+  [[nodiscard]] auto on_host() const {
+    return selective_mixer<double>{detail::exact_on_host(delta), detail::exact_on_host(a),
+                                   detail::exact_on_host(c), detail::exact_on_host(b), layout};
+  }
   /// out[t - begin] = entry (t, s) for the tokens begin <= t < end of the sequence of token s.
-  void column(index_t begin, index_t end, index_t s, index_t d, double* out) const {
+  void column(index_t begin, index_t end, index_t s, index_t d,
+              double* out) const requires std::same_as<B, cpu> {
     const index_t n = length();
     const index_t gc = group_of(d, heads(), c.extent(2)), gb = group_of(d, heads(), b.extent(2));
     double steps = 0;
@@ -57,6 +63,10 @@ struct selective_mixer {
       }
       out[t - begin] = sum * static_cast<double>(delta(s / n, s % n, d));
     }
+  }
+  void column(index_t begin, index_t end, index_t s, index_t d, double* out) const
+      requires(!std::same_as<B, cpu>) {
+    on_host().column(begin, end, s, d, out);
   }
   [[nodiscard]] tensor<double, 4> dense() const { return detail::dense_columns(*this); }
 };

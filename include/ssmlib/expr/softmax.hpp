@@ -68,7 +68,13 @@ struct softmax_mixer {
   [[nodiscard]] bool keeps(index_t t, index_t s) const {
     return !is_causal || (s <= t && (window == 0 || s > t - window));
   }
-  [[nodiscard]] tensor<double, 4> dense() const {
+  [[nodiscard]] auto on_host() const {
+    return softmax_mixer<double>{logits.on_host(), is_causal, window, layout};
+  }
+  [[nodiscard]] tensor<double, 4> dense() const requires(!std::same_as<B, cpu>) {
+    return on_host().dense();
+  }
+  [[nodiscard]] tensor<double, 4> dense() const requires std::same_as<B, cpu> {
     const sequence_layout sequences = layout_of(*this);
     const index_t n = layout ? sequences.tokens() : length();
     auto m = tensor<double, 4>::zeros(layout ? 1 : batch(), heads(), n, n);

@@ -141,8 +141,8 @@ void apply_mixer_vjp(const cpu::context& ctx, alg::quadratic, const gram<T, B, P
 }
 
 /// By shape: Q K^T first is cheaper only for a few tokens.
-template <Real T, Backend B, FeatureMap Phi>
-[[nodiscard]] std::string_view choose_algorithm(const gram<T, B, Phi>& m, index_t length,
+template <Real T, FeatureMap Phi>
+[[nodiscard]] std::string_view choose_algorithm(const gram<T, cpu, Phi>& m, index_t length,
                                                 index_t width) {
   const index_t n = m.key_size();
   return length * (n + width) < 2 * n * width ? alg::quadratic::name : alg::associative::name;

@@ -28,8 +28,8 @@ template <Real T>
           {t.strides()[1], t.strides()[3]}};
 }
 
-template <Real T>
-void refuse_carry(const carry<T>& c) {
+template <Floating T, Backend B = cpu>
+void refuse_carry(const carry<T, B>& c) {
   if (c.initial || c.final || c.snapshots) {
     throw value_error(
         "ssm: this algorithm of this mixer has no initial or final state; use alg::recurrent or "

@@ -316,9 +316,9 @@ void apply_mixer_plus_diagonal_vjp(const cpu::context& ctx, Alg algorithm,
 }
 
 /// Up to 16 tokens a step at a time is faster than a chunk, and has the bits of any split.
-template <MatrixMixer L, Real T, Backend B, FeatureMap Phi>
+template <MatrixMixer L, Real T, FeatureMap Phi>
 requires detail::is_semiseparable_mask<L>
-[[nodiscard]] std::string_view choose_algorithm(const masked_gram<L, T, B, Phi>&, index_t length,
+[[nodiscard]] std::string_view choose_algorithm(const masked_gram<L, T, cpu, Phi>&, index_t length,
                                                 index_t /*width*/) {
   return length <= 16 ? alg::recurrent::name : alg::chunked::name;
 }

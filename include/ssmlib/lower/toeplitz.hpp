@@ -106,8 +106,8 @@ void apply_mixer_vjp(const cpu::context& ctx, alg::quadratic a, const toeplitz_m
 }
 
 /// Transforms win from about 512 tokens for a few columns of X and from 128 for many.
-template <Real T, Backend B>
-[[nodiscard]] std::string_view choose_algorithm(const toeplitz_mask<T, B>&, index_t length,
+template <Real T>
+[[nodiscard]] std::string_view choose_algorithm(const toeplitz_mask<T, cpu>&, index_t length,
                                                 index_t width) {
   return length >= (width >= 32 ? 128 : 512) ? alg::structured::name : alg::quadratic::name;
 }
@@ -176,9 +176,9 @@ void apply_mixer_vjp(const cpu::context& ctx, alg::quadratic,
 }
 
 /// Transforms cost N P channels, blocks T (N + P): measured equal at T = 150 N P / (N + P).
-template <Real T, Backend B, FeatureMap Phi>
+template <Real T, FeatureMap Phi>
 [[nodiscard]] std::string_view choose_algorithm(
-    const masked_gram<toeplitz_mask<T, B>, T, B, Phi>& m, index_t length, index_t width) {
+    const masked_gram<toeplitz_mask<T, cpu>, T, cpu, Phi>& m, index_t length, index_t width) {
   const index_t n = m.key_size();
   return length * (n + width) >= 150 * n * width ? alg::structured::name : alg::quadratic::name;
 }

@@ -1,0 +1,116 @@
+#pragma once
+
+#include <ssmlib/kernels/cuda/dense_product.hpp>
+#include <ssmlib/lower/cuda/gradients.hpp>
+#include <ssmlib/lower/cuda/layout.hpp>
+#include <ssmlib/lower/evaluate.hpp>
+#include <ssmlib/lower/head_gradients.hpp>
+
+#include <concepts>
+#include <string_view>
+#include <type_traits>
+
+namespace ssm {
+
+/// @file
+/// alg::quadratic on CUDA: the reference that every mixer has, as on the CPU. It goes through the
+/// host, in double, and waits for the device: for tests and small problems.
+
+namespace detail {
+
+/// Every operand of `gradients` (a node's twin on the host) that `wanted` has, as zeros; no other.
+template <class Twin, class M>
+void keep_wanted(Twin& gradients, M& wanted) {
+  Twin::operands(gradients, [&](std::string_view name, auto& t, operand) {
+    bool found = false;
+    M::operands(wanted, [&](std::string_view other, auto& w, operand) {
+      found = found || (other == name && static_cast<bool>(w));
+    });
+    using Tensor = std::remove_cvref_t<decltype(t)>;
+    t = found ? Tensor::zeros(t.extents()) : Tensor{};
+  });
+}
+
+/// to += from, which is on the host in double.
+template <Floating T, int R>
+void add_from_host(const tensor<T, R, cuda>& to, const tensor<double, R>& from) {
+  if (to) add_to(to, on_backend<cuda>(cast<T>(from)));
+}
+template <class M, class Twin>
+void add_gradients_from_host(M& to, Twin& from) {
+  Twin::operands(from, [&](std::string_view name, auto& t, operand) {
+    if (!t) return;
+    M::operands(to, [&](std::string_view other, auto& target, operand) {
+      using From = std::remove_cvref_t<decltype(t)>;
+      using To = std::remove_cvref_t<decltype(target)>;
+      if constexpr (From::rank == To::rank) {
+        if (other == name) add_from_host(target, t);
+      }
+    });
+  });
+}
+
+}  // namespace detail
+
+/// dense() on the host, the product on the device; with a state, all of it is the twin's on the
+/// host.
+/// @cost  O(T^2) time and memory, copies to the host, and the host waits.
+template <MatrixMixer M>
+requires std::same_as<typename M::backend, cuda>
+void apply_mixer(const cuda::context& ctx, alg::quadratic algorithm, const M& m,
+                 const tensor<typename M::value_type, 4, cuda>& x,
+                 const tensor<typename M::value_type, 4, cuda>& y,
+                 const carry<typename M::value_type, cuda>& c) {
+  using T = typename M::value_type;
+  detail::refuse_snapshots(c);
+  if (c.initial || c.final) {
+    const tensor<double, 4> result(y.extents());
+    carry<double> states;
+    states.initial = detail::exact_on_host(c.initial);
+    if (c.final) states.final = tensor<double, 4>(c.final.extents());
+    apply_mixer(default_context<cpu>(), algorithm, m.on_host(), detail::exact_on_host(x), result,
+                states);
+    y.copy_from(detail::on_backend<cuda>(cast<T>(result)));
+    if (c.final) c.final.copy_from(detail::on_backend<cuda>(cast<accum_t<T>>(states.final)));
+    return;
+  }
+  const sequence_layout sequences = layout_of(m);
+  const detail::device_layout layout(ctx, sequences);
+  const tensor<double, 4, cuda> matrix = detail::on_backend<cuda>(m.dense());
+  kernels::cuda::dense_product_problem<T> p;
+  p.matrix = matrix.const_view();
+  p.x = x.const_view();
+  p.packed = static_cast<bool>(m.layout);
+  p.offsets = layout.offsets;
+  p.sequences = layout.sequences;
+  p.max_length = layout.max_length;
+  kernels::cuda::dense_product<T>(ctx.stream(), p, y.view());
+}
+
+/// The gradient of the twin on the host, by its dense_vjp, its kernels or central differences:
+/// whatever lower/ has for it there.
+template <MatrixMixer M>
+requires std::same_as<typename M::backend, cuda>
+void apply_mixer_vjp(const cuda::context&, alg::quadratic algorithm, const M& m,
+                     const tensor<typename M::value_type, 4, cuda>& x,
+                     const tensor<typename M::value_type, 4, cuda>& dy, M& dm,
+                     const tensor<typename M::value_type, 4, cuda>& dx,
+                     const carry_gradient<typename M::value_type, cuda>& c) {
+  auto exact = m.on_host();
+  auto gradients = exact;
+  detail::keep_wanted(gradients, dm);
+  const tensor<double, 4> exact_x = detail::exact_on_host(x);
+  tensor<double, 4> d_x;
+  if (dx) d_x = tensor<double, 4>::zeros(dx.extents());
+  carry_gradient<double> states;
+  states.initial = detail::exact_on_host(c.initial);
+  states.d_final = detail::exact_on_host(c.d_final);
+  if (c.d_initial) states.d_initial = tensor<double, 4>::zeros(c.d_initial.extents());
+  apply_mixer_vjp(default_context<cpu>(), algorithm, exact, exact_x, detail::exact_on_host(dy),
+                  gradients, d_x, states);
+  detail::add_gradients_from_host(dm, gradients);
+  detail::add_from_host(dx, d_x);
+  detail::add_from_host(c.d_initial, states.d_initial);
+}
+
+}  // namespace ssm
