@@ -7,14 +7,24 @@
 /// definitions are in the .cuh files beside them, for nvcc.
 
 #include <ssmlib/kernels/cuda/attention.hpp>
+#include <ssmlib/kernels/cuda/attention_decode.hpp>
 #include <ssmlib/kernels/cuda/conv1d.hpp>
+#include <ssmlib/kernels/cuda/conv1d_step.hpp>
+#include <ssmlib/kernels/cuda/cross_entropy.hpp>
 #include <ssmlib/kernels/cuda/delta_rule.hpp>
+#include <ssmlib/kernels/cuda/embedding.hpp>
 #include <ssmlib/kernels/cuda/gated_linear.hpp>
+#include <ssmlib/kernels/cuda/layers.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
+#include <ssmlib/kernels/cuda/optimizer.hpp>
+#include <ssmlib/kernels/cuda/quadratic.hpp>
+#include <ssmlib/kernels/cuda/recurrence.hpp>
 #include <ssmlib/kernels/cuda/rope.hpp>
 #include <ssmlib/kernels/cuda/sample.hpp>
 #include <ssmlib/kernels/cuda/selective.hpp>
+#include <ssmlib/kernels/cuda/selective_step.hpp>
 #include <ssmlib/kernels/cuda/skinny.hpp>
 #include <ssmlib/kernels/cuda/ssd.hpp>
 #include <ssmlib/kernels/cuda/ssd_step.hpp>
+#include <ssmlib/kernels/cuda/toeplitz.hpp>
 #include <ssmlib/tensor/transfer.hpp>
