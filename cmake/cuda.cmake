@@ -69,7 +69,8 @@ function(ssmlib_add_cuda_compiled)
   add_library(ssmlib::cuda_compiled ALIAS ssmlib_cuda_compiled)
   set_target_properties(ssmlib_cuda_compiled PROPERTIES OUTPUT_NAME ssmlib_cuda
                                                         POSITION_INDEPENDENT_CODE ON)
-  target_link_libraries(ssmlib_cuda_compiled PUBLIC ssmlib_cuda ssmlib_compiled)
+  target_link_libraries(ssmlib_cuda_compiled PUBLIC ssmlib_cuda ssmlib_compiled CUDA::cublasLt
+                                                    CUDA::cufft)
   # 554: conversions to views of constants; 20012: Eigen's own annotations.
   target_compile_options(ssmlib_cuda_compiled PRIVATE -O3 -lineinfo --diag-suppress=554,20012)
 endfunction()

@@ -27,4 +27,11 @@
 #include <ssmlib/kernels/cuda/ssd.hpp>
 #include <ssmlib/kernels/cuda/ssd_step.hpp>
 #include <ssmlib/kernels/cuda/toeplitz.hpp>
+#include <ssmlib/nn/cuda/conv1d.hpp>
+#include <ssmlib/nn/cuda/discretize.hpp>
+#include <ssmlib/nn/cuda/embedding.hpp>
+#include <ssmlib/nn/cuda/l2_normalize.hpp>
+#include <ssmlib/nn/cuda/mlp.hpp>
+#include <ssmlib/nn/cuda/norm.hpp>
+#include <ssmlib/nn/cuda/rope.hpp>
 #include <ssmlib/tensor/transfer.hpp>

@@ -2,7 +2,8 @@
 // Exit status 0: all pass, 1: a failure, 2: no device.
 
 #include "check.cuh"
-#include <ssmlib/kernels/cuda/conv1d.cuh>
+#include <ssmlib/kernels/cuda/conv1d_backward.cuh>
+#include <ssmlib/kernels/cuda/conv1d_forward.cuh>
 
 using namespace ssm;
 using namespace ssm::kernels::cuda;
@@ -25,7 +26,8 @@ void check(table& results, const shape_case& s) {
   for (index_t l : s.lengths)
     o.push_back(tokens += l), longest = std::max(longest, l);
   const index_t n = s.lengths.size(), C = s.channels, W = s.width, pad = s.slices ? 3 : 0;
-  rows_buffer<T> x(tokens, C, pad), w(C, W), b(1, C), h(n, (W - 1) * C), dy(tokens, C, pad);
+  rows_buffer<T> x(tokens, C, pad), h(n, (W - 1) * C), dy(tokens, C, pad);
+  rows_buffer<R> w(C, W), b(1, C);
   rows_buffer<T> d_h(n, (W - 1) * C), y(tokens, C, pad), dx(tokens, C, pad), last(n, (W - 1) * C);
   rows_buffer<T> d_initial(n, (W - 1) * C);
   rows_buffer<R> dw(C, W), db(1, C);
@@ -104,7 +106,8 @@ void check(table& results, const shape_case& s) {
 void time_shape(index_t sequences, index_t length, index_t channels, double copy) {
   using T = bf16;
   const index_t tokens = sequences * length;
-  rows_buffer<T> x(tokens, channels), w(channels, 4), b(1, channels), dy(tokens, channels);
+  rows_buffer<T> x(tokens, channels), dy(tokens, channels);
+  rows_buffer<float> w(channels, 4), b(1, channels);
   rows_buffer<T> y(tokens, channels), dx(tokens, channels);
   rows_buffer<float> dw(channels, 4), db(1, channels);
   x.fill_device(1, -1, 1), w.fill_device(2, -1, 1), b.fill_device(3, -1, 1);

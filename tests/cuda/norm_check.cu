@@ -2,7 +2,8 @@
 // them. Exit status 0: all pass, 1: a failure, 2: no device.
 
 #include "check.cuh"
-#include <ssmlib/kernels/cuda/norm.cuh>
+#include <ssmlib/kernels/cuda/norm_backward.cuh>
+#include <ssmlib/kernels/cuda/norm_forward.cuh>
 #include <ssmlib/kernels/cuda/rope.cuh>
 
 using namespace ssm;
@@ -25,7 +26,8 @@ void check(table& results, const shape_case& s) {
   const index_t size = s.shared ? group : d, pad = s.slices ? 1 : 0;
   const bool gated = s.order != gate_order::none;
   const double eps = 1e-5;
-  rows_buffer<T> x(n, d, pad), z(n, d, pad), dy(n, d, pad), w(1, size), b(1, size);
+  rows_buffer<T> x(n, d, pad), z(n, d, pad), dy(n, d, pad);
+  rows_buffer<R> w(1, size), b(1, size);
   rows_buffer<T> y(n, d, pad), dx(n, d, pad), dz(n, d, pad);
   rows_buffer<R> dw(1, size), db(1, size);
   const auto hx = x.fill(1, -1, 2), hz = z.fill(2, -3, 3), hdy = dy.fill(3, -1, 1),
@@ -155,11 +157,13 @@ void check_rope(table& results, index_t heads, index_t features, index_t pairs, 
 
 void time_norms(index_t rows, index_t width, index_t group, double copy) {
   using T = bf16;
-  rows_buffer<T> x(rows, width), z(rows, width), dy(rows, width), w(1, width), b(1, width);
+  rows_buffer<T> x(rows, width), z(rows, width), dy(rows, width);
+  rows_buffer<float> w(1, width), b(1, width);
   rows_buffer<T> y(rows, width), dx(rows, width), dz(rows, width);
   rows_buffer<float> dw(1, width), db(1, width);
-  for (auto* r : {&x, &z, &dy, &w, &b})
+  for (auto* r : {&x, &z, &dy})
     r->fill_device(7, -1, 1);
+  w.fill_device(7, -1, 1), b.fill_device(8, -1, 1);
   const rms_norm_problem<T> p{x.matrix(), z.matrix(), w.data(), group, group, 1e-5f};
   const layer_norm_problem<T> l{x.matrix(), w.data(), b.data(), 1e-5f};
   buffer<unsigned char> work(

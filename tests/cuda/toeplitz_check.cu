@@ -193,7 +193,7 @@ int main() {
       {"packed", packed, 0, 4, 1, 1, 2, 2, 1, 37, false, true, true, false},
       {"by host", packed, 0, 4, 1, 1, 4, 4, 1, 5, false, false, false, true},
       {"own add", packed, 0, 4, 1, 1, 1, 1, 1, 5, false, true, true, true},
-      {"one token", {1}, 3, 2, 1, 1, 2, 1, 1, 3, false, false, false, false},
+      {"one token", {1}, 3, 40, 1, 1, 20, 40, 1, 3, false, false, false, false},
       {"1023", {1023}, 2, 2, 1, 1, 2, 1, 1, 9, false, false, false, false},
       {"1025", {1025}, 1, 6, 1, 1, 6, 3, 1, 1, false, false, false, false},
       {"many", {65}, 10, 7001, 1, 1, 7001, 7001, 1, 1, false, false, false, false},

@@ -55,7 +55,7 @@ TEST_CASE("train/losses: cross_entropy is the mean over counted tokens", "[train
   }
   const auto r = cross_entropy(pass<double>{}, logits, targets);
   CHECK(r.tokens == count);
-  CHECK(r.sum == approx(sum).epsilon(1e-14));
+  CHECK(r.sum() == approx(sum).epsilon(1e-14));
   CHECK(r.loss(0) == approx(sum / static_cast<double>(count)).epsilon(1e-14));
   CHECK(cross_entropy(pass<double>{}, logits, targets, {.divide_by = 1}).loss(0) ==
         approx(sum).epsilon(1e-14));
@@ -156,7 +156,7 @@ TEST_CASE("train/losses: a vocabulary of 50000 costs no precision in float", "[t
   const auto rounded = cast<float>(logits);
   const auto exact = cross_entropy(pass<double>{}, cast<double>(rounded), targets);
   const auto single = cross_entropy(pass<float>{}, rounded, targets);
-  CHECK(std::abs(single.sum - exact.sum) / exact.sum < 1e-7);
+  CHECK(std::abs(single.sum() - exact.sum()) / exact.sum() < 1e-7);
 }
 
 TEST_CASE("train/losses: losses and gradients have the same bits with any number of threads",
@@ -254,7 +254,7 @@ TEST_CASE("train/losses: kl_divergence is its definition under both divisors", "
   const double squared = temperature * temperature;
   const auto r = kl_divergence(p, student, teacher, mask, {.temperature = temperature});
   CHECK(r.tokens == count);
-  CHECK(r.sum == approx(sum).epsilon(1e-13));
+  CHECK(r.sum() == approx(sum).epsilon(1e-13));
   CHECK(r.loss(0) == approx(sum * squared / static_cast<double>(count)).epsilon(1e-13));
   const auto per_sequence = kl_divergence(
       p, student, teacher, mask, {.temperature = temperature, .divisor = kl_divisor::batch});
@@ -400,8 +400,8 @@ TEST_CASE("train/losses: dpo_loss stays finite where the margin is thousands", "
   const auto r = dpo_loss(pass<double>{.tape = &tape}, chosen, other, other, other, 0.1);
   CHECK(seed_and_run(tape, r.loss) == approx(1e4));
   CHECK(tape.gradient(chosen)(0) == approx(-0.1));
-  CHECK(r.accuracy == 0.0);
-  CHECK(r.mean_margin == approx(-1e4));
+  CHECK(r.accuracy() == 0.0);
+  CHECK(r.mean_margin() == approx(-1e4));
 }
 
 TEST_CASE("train/losses: a DPO without a positive beta or with unequal pairs is refused",

@@ -135,9 +135,9 @@ TEST_CASE("train/model_losses: dpo_loss of models is that of their log probabili
   const auto loss = dpo_loss(policy, reference, p, chosen, rejected, 0.2);
   CHECK(loss.count == 3);
   CHECK(loss.sum(0) == approx(3 * expected.loss(0)).epsilon(1e-13));
-  CHECK(loss.accuracy == expected.accuracy);
-  CHECK(loss.mean_margin == expected.mean_margin);
-  CHECK(std::abs(loss.mean_margin) > 1e-3);
+  CHECK(loss.accuracy() == expected.accuracy());
+  CHECK(loss.mean_margin() == expected.mean_margin());
+  CHECK(std::abs(loss.mean_margin()) > 1e-3);
 }
 
 TEST_CASE("train/model_losses: dpo_loss's gradient for the policy is that of differences",

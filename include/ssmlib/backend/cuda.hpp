@@ -57,6 +57,15 @@ struct cuda {
     void reset_peak() const;
     /// Gives what is kept for reuse back to the device.
     void trim() const;
+    /// What the context's memory comes from.
+    [[nodiscard]] cudaMemPool_t pool() const;
+
+    /// Lets products of float matrices round their factors to TF32 (10 bits of mantissa). Off at
+    /// first: float products have the bits of float.
+    void set_allow_tf32(bool allow) const;
+    [[nodiscard]] bool allow_tf32() const;
+    /// What matrix products keep between calls (kernels/cuda/gemm.hpp); empty before the first.
+    [[nodiscard]] std::shared_ptr<void>& products() const;
 
    private:
     friend struct cuda_memory;

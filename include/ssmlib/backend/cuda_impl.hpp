@@ -32,6 +32,8 @@ struct cuda_state {
   int device = 0, arch = 0, arch_cap = std::numeric_limits<int>::max();
   cudaStream_t stream = nullptr;
   cudaMemPool_t pool = nullptr;
+  bool allow_tf32 = false;
+  std::shared_ptr<void> products;
 
   explicit cuda_state(int device_index) : device(device_index) {
     const int devices = cuda::device_count();
@@ -61,6 +63,7 @@ struct cuda_state {
   }
   ~cuda_state() {
     if (stream) (void)cudaStreamSynchronize(stream);
+    products.reset();  // its workspace is from the pool
     if (pool) (void)cudaMemPoolDestroy(pool);
     if (stream) (void)cudaStreamDestroy(stream);
   }
@@ -129,6 +132,19 @@ SSMLIB_INLINE void cuda::context::reset_peak() const {
 SSMLIB_INLINE void cuda::context::trim() const {
   synchronize();
   SSMLIB_CHECK_CUDA(cudaMemPoolTrimTo(state_->pool, 0));
+}
+
+SSMLIB_INLINE cudaMemPool_t cuda::context::pool() const {
+  return state_->pool;
+}
+SSMLIB_INLINE void cuda::context::set_allow_tf32(bool allow) const {
+  state_->allow_tf32 = allow;
+}
+SSMLIB_INLINE bool cuda::context::allow_tf32() const {
+  return state_->allow_tf32;
+}
+SSMLIB_INLINE std::shared_ptr<void>& cuda::context::products() const {
+  return state_->products;
 }
 
 SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {

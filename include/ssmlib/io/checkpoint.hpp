@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <concepts>
 #include <cstdint>
 #include <map>
 #include <set>
@@ -34,20 +35,22 @@ struct run_state {
 ///
 /// @throws io_error     the file cannot be written.
 /// @throws value_error  two parameters have one name.
-/// @cost one write of 3 values a trained parameter, 1 a frozen one; no copy in memory.
-template <Real T>
-void save_checkpoint(const std::filesystem::path& path, const std::vector<parameter<T>>& model,
-                     const adamw<T>& optimizer, const run_state& state);
+/// @cost one write of 3 values a trained parameter, 1 a frozen one; no copy in memory, from CUDA
+/// one
+///       on the host, which waits for the current context's work.
+template <Floating T, Backend B>
+void save_checkpoint(const std::filesystem::path& path, const std::vector<parameter<T, B>>& model,
+                     const adamw<T, B>& optimizer, const run_state& state);
 
 /// Restores what save_checkpoint saved into a model and an optimizer of the same shapes. Everything
 /// is checked before the first value changes.
 /// @return the rest: restore the loader with it (`loader.restore(state.loader)`)
 /// @throws io_error  the file cannot be read, is no checkpoint, or is one of another run: a tensor
 ///                   is missing, is too much, or has another type or shape.
-template <Real T>
+template <Floating T, Backend B>
 [[nodiscard]] run_state load_checkpoint(const std::filesystem::path& path,
-                                        const std::vector<parameter<T>>& model,
-                                        adamw<T>& optimizer);
+                                        const std::vector<parameter<T, B>>& model,
+                                        adamw<T, B>& optimizer);
 
 namespace detail {
 
@@ -55,20 +58,21 @@ inline constexpr char checkpoint_format[] = "ssmlib checkpoint 1";
 inline constexpr char note_prefix[] = "note.", generator_prefix[] = "generator.";
 
 /// f(name in the file, values, extents) for every tensor of values.
-template <Real T, class F>
-void for_each_saved(const std::vector<parameter<T>>& model, const adamw<T>& optimizer, F&& f) {
-  for (const parameter<T>& p : model)
+template <Floating T, Backend B, class F>
+void for_each_saved(const std::vector<parameter<T, B>>& model, const adamw<T, B>& optimizer,
+                    F&& f) {
+  for (const parameter<T, B>& p : model)
     f("model." + p.name, p.value, p.extents);
   for (std::size_t i = 0; i < optimizer.parameters().size(); ++i) {
-    const parameter<T>& p = optimizer.parameters()[i];
+    const parameter<T, B>& p = optimizer.parameters()[i];
     f("adamw.first." + p.name, optimizer.first_moments()[i], p.extents);
     f("adamw.second." + p.name, optimizer.second_moments()[i], p.extents);
   }
 }
 
 /// f(values under their extents), a tensor of their rank.
-template <Real T, class F>
-void with_extents(const tensor<T, 1>& values, const std::vector<index_t>& extents, F&& f) {
+template <Element T, Backend B, class F>
+void with_extents(const tensor<T, 1, B>& values, const std::vector<index_t>& extents, F&& f) {
   const auto as = [&]<int R>(std::integral_constant<int, R>) {
     shape<R> target;
     std::copy_n(extents.begin(), R, target.begin());
@@ -120,10 +124,21 @@ inline std::vector<index_t> load_numbers(const safetensors_reader& file, const s
   return {t.data(), t.data() + count};
 }
 
+/// Loads a tensor into one of the same shape, on the CPU without a copy in between.
+template <Element T, int R, Backend B>
+void load_values(const safetensors_reader& file, const std::string& name,
+                 const tensor<T, R, B>& to) {
+  if constexpr (std::same_as<B, cpu>) {
+    file.load_into(name, to);
+  } else {
+    to.copy_from(on_backend<B>(file.load<T, R>(name)));
+  }
+}
+
 /// All but the values. @throws io_error  see load_checkpoint.
-template <Real T>
-void check_checkpoint(const safetensors_reader& file, const std::vector<parameter<T>>& model,
-                      const adamw<T>& optimizer) {
+template <Floating T, Backend B>
+void check_checkpoint(const safetensors_reader& file, const std::vector<parameter<T, B>>& model,
+                      const adamw<T, B>& optimizer) {
   const std::string where = "ssm: loading the checkpoint '" + file.path().string() + "': ";
   const auto format = file.metadata().find("format");
   const std::string found = format == file.metadata().end() ? "none" : format->second;
@@ -134,7 +149,7 @@ void check_checkpoint(const safetensors_reader& file, const std::vector<paramete
   std::set<std::string> known{"adamw.steps", "loader"};
   for_each_saved(model, optimizer,
                  [&](const std::string& name, const auto&, const std::vector<index_t>& extents) {
-                   require_tensor(file, name, dtype_of<T>, extents);
+                   require_tensor(file, name, dtype_of<accum_t<T>>, extents);
                    known.insert(name);
                  });
   for (const safetensors_entry& entry : file.entries()) {
@@ -149,16 +164,16 @@ void check_checkpoint(const safetensors_reader& file, const std::vector<paramete
 
 }  // namespace detail
 
-template <Real T>
-void save_checkpoint(const std::filesystem::path& path, const std::vector<parameter<T>>& model,
-                     const adamw<T>& optimizer, const run_state& state) {
+template <Floating T, Backend B>
+void save_checkpoint(const std::filesystem::path& path, const std::vector<parameter<T, B>>& model,
+                     const adamw<T, B>& optimizer, const run_state& state) {
   safetensors_writer writer;
-  detail::for_each_saved(model, optimizer,
-                         [&](const std::string& name, const tensor<T, 1>& values,
-                             const std::vector<index_t>& extents) {
-                           detail::with_extents(values, extents,
-                                                [&](const auto& t) { writer.add(name, t); });
-                         });
+  detail::for_each_saved(
+      model, optimizer,
+      [&](const std::string& name, const auto& values, const std::vector<index_t>& extents) {
+        detail::with_extents(detail::on_host(values), extents,
+                             [&](const auto& t) { writer.add(name, t); });
+      });
   detail::add_numbers(writer, "adamw.steps", {optimizer.steps()});
   const loader_state& l = state.loader;
   detail::add_numbers(
@@ -176,9 +191,9 @@ void save_checkpoint(const std::filesystem::path& path, const std::vector<parame
   writer.write(path);
 }
 
-template <Real T>
-run_state load_checkpoint(const std::filesystem::path& path, const std::vector<parameter<T>>& model,
-                          adamw<T>& optimizer) {
+template <Floating T, Backend B>
+run_state load_checkpoint(const std::filesystem::path& path,
+                          const std::vector<parameter<T, B>>& model, adamw<T, B>& optimizer) {
   const safetensors_reader file(path);
   detail::check_checkpoint(file, model, optimizer);
   run_state state;
@@ -202,12 +217,12 @@ run_state load_checkpoint(const std::filesystem::path& path, const std::vector<p
     throw io_error("ssm: loading the checkpoint '" + path.string() + "': it is at step " +
                    std::to_string(steps) + "; the file is damaged");
   }
-  detail::for_each_saved(model, optimizer,
-                         [&](const std::string& name, const tensor<T, 1>& values,
-                             const std::vector<index_t>& extents) {
-                           detail::with_extents(values, extents,
-                                                [&](const auto& t) { file.load_into(name, t); });
-                         });
+  detail::for_each_saved(
+      model, optimizer,
+      [&](const std::string& name, const auto& values, const std::vector<index_t>& extents) {
+        detail::with_extents(values, extents,
+                             [&](const auto& t) { detail::load_values(file, name, t); });
+      });
   optimizer.set_steps(steps);
   return state;
 }

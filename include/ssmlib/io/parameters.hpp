@@ -6,7 +6,6 @@
 #include <filesystem>
 #include <map>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 namespace ssm {
@@ -14,12 +13,13 @@ namespace ssm {
 /// Saves a model's parameters by name in one safetensors file, with text of the user's own.
 /// The file appears whole or not at all.
 /// @throws io_error  the file cannot be written.
-template <Real T>
-void save_parameters(const std::filesystem::path& path, const std::vector<parameter<T>>& model,
+template <Floating T, Backend B>
+void save_parameters(const std::filesystem::path& path, const std::vector<parameter<T, B>>& model,
                      const std::map<std::string, std::string>& metadata = {}) {
   safetensors_writer writer;
-  for (const parameter<T>& p : model) {
-    detail::with_extents(p.value, p.extents, [&](const auto& t) { writer.add(p.name, t); });
+  for (const parameter<T, B>& p : model) {
+    detail::with_extents(detail::on_host(p.value), p.extents,
+                         [&](const auto& t) { writer.add(p.name, t); });
   }
   for (const auto& [key, value] : metadata)
     writer.set_metadata(key, value);
@@ -29,18 +29,16 @@ void save_parameters(const std::filesystem::path& path, const std::vector<parame
 /// Loads what save_parameters saved into a model of the same shapes. Everything is checked before
 /// the first value changes. @return the metadata
 /// @throws io_error  the file cannot be read, or a parameter is missing or of another shape.
-template <Real T>
+template <Floating T, Backend B>
 std::map<std::string, std::string> load_parameters(const std::filesystem::path& path,
-                                                   const std::vector<parameter<T>>& model) {
+                                                   const std::vector<parameter<T, B>>& model) {
   const safetensors_reader file(path);
-  for (const parameter<T>& p : model) {
-    detail::require_tensor(file, p.name, detail::dtype_of<T>, p.extents);
+  for (const parameter<T, B>& p : model) {
+    detail::require_tensor(file, p.name, detail::dtype_of<accum_t<T>>, p.extents);
   }
-  for (const parameter<T>& p : model) {
-    detail::with_extents(p.value, p.extents, [&](const auto& t) {
-      using tensor_type = std::remove_cvref_t<decltype(t)>;
-      t.copy_from(file.template load<T, tensor_type::rank>(p.name));
-    });
+  for (const parameter<T, B>& p : model) {
+    detail::with_extents(p.value, p.extents,
+                         [&](const auto& t) { detail::load_values(file, p.name, t); });
   }
   return {file.metadata().begin(), file.metadata().end()};
 }

@@ -232,6 +232,7 @@ class gradient_pass {
 /// Evaluates an elementwise expression in one pass. @return its value, a new dense tensor.
 /// @cost one read of every operand, one write; large results in parallel.
 template <ElementwiseExpression E>
+requires std::same_as<typename E::backend, cpu>
 [[nodiscard]] tensor<typename E::value_type, E::rank> eval(
     const E& e, const cpu::context& ctx = default_context<cpu>()) {
   tensor<typename E::value_type, E::rank> out(e.extents());

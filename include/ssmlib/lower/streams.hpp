@@ -13,8 +13,8 @@
 namespace ssm::detail {
 
 /// The strides of a tensor over the four axes of a result; repeated axes have stride 0.
-template <Element T, int R>
-[[nodiscard]] shape<4> aligned_strides(const tensor<T, R>& t) {
+template <Element T, int R, Backend B>
+[[nodiscard]] shape<4> aligned_strides(const tensor<T, R, B>& t) {
   shape<4> strides{};
   for (std::size_t d = 0; d < R; ++d) {
     strides[4 - R + d] = t.extents()[d] == 1 ? 0 : t.strides()[d];
@@ -110,8 +110,8 @@ struct memory_blocks {
   index_t length, step;     ///< in bytes; step < 0: no such form
 };
 
-template <Element T, int R>
-[[nodiscard]] memory_blocks blocks_of(const tensor<T, R>& t) {
+template <Element T, int R, Backend B>
+[[nodiscard]] memory_blocks blocks_of(const tensor<T, R, B>& t) {
   stream_walk<1> walk{aligned_extents(t.extents()), {aligned_strides(t)}};
   walk.merge();
   constexpr auto size = static_cast<index_t>(sizeof(T));
@@ -136,8 +136,8 @@ template <Element T, int R>
 
 /// False if no element of one tensor lies in the other; true if some may. Exact for parts of one
 /// tensor cut along features, such as the halves of a gated projection.
-template <Element T1, int R1, Element T2, int R2>
-[[nodiscard]] bool may_overlap(const tensor<T1, R1>& a, const tensor<T2, R2>& b) {
+template <Element T1, int R1, Element T2, int R2, Backend B>
+[[nodiscard]] bool may_overlap(const tensor<T1, R1, B>& a, const tensor<T2, R2, B>& b) {
   if (!share_storage(a, b) || a.size() == 0 || b.size() == 0) return false;
   const memory_blocks x = blocks_of(a), y = blocks_of(b);
   if (x.end <= y.begin || y.end <= x.begin) return false;
@@ -150,8 +150,8 @@ template <Element T1, int R1, Element T2, int R2>
 }
 
 /// Whether two tensors are the same elements in the same places.
-template <Element T1, int R1, Element T2, int R2>
-[[nodiscard]] bool same_elements(const tensor<T1, R1>& a, const tensor<T2, R2>& b) {
+template <Element T1, int R1, Element T2, int R2, Backend B>
+[[nodiscard]] bool same_elements(const tensor<T1, R1, B>& a, const tensor<T2, R2, B>& b) {
   return static_cast<const void*>(a.data()) == static_cast<const void*>(b.data()) &&
          std::same_as<T1, T2> && aligned_extents(a.extents()) == aligned_extents(b.extents()) &&
          aligned_strides(a) == aligned_strides(b);

@@ -2,10 +2,10 @@
 
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cpu/cross_entropy.hpp>
-#include <ssmlib/nn/linear.hpp>
+#include <ssmlib/train/logits_tile.hpp>
+#include <ssmlib/train/token_loss.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <string>
 
@@ -19,51 +19,51 @@ struct cross_entropy_options {
   index_t block_tokens = 0;  ///< rows of logits held at a time; 0: by the vocabulary
 };
 
-/// A loss over tokens, recorded on the pass's tape.
+/// log_sum = log(sum of e^z) and log_probability = z[target] - log_sum of rows of logits (n, V).
+/// The results of tokens with the target `ignored` are 0 before and stay 0.
 template <Real T>
-struct token_loss {
-  tensor<T, 1> loss;  ///< one element, already divided
-  double sum = 0;     ///< over the counted tokens
-  index_t tokens = 0;
-};
+void apply_log_probability(const cpu::context& ctx, const tensor<T, 2>& logits,
+                           const tensor<std::int32_t, 1>& targets, std::int32_t ignored,
+                           const tensor<double, 1>& log_probability,
+                           const tensor<double, 1>& log_sum) {
+  const index_t vocabulary = logits.extent(1);
+  detail::for_each_row(ctx, logits.extent(0), 4 * vocabulary, [&](index_t t) {
+    if (targets(t) == ignored) return;
+    const T* z = &logits(t, 0);
+    log_sum(t) = kernels::log_sum_exp(vocabulary, z, T(1));
+    log_probability(t) = static_cast<double>(z[targets(t)]) - log_sum(t);
+  });
+}
+/// d_logits = or, with `add`, += the gradient of the sum over t of weights(t) log_probability(t).
+/// It may overwrite the logits themselves.
+template <Real T>
+void apply_log_probability_vjp(const cpu::context& ctx, const tensor<T, 2>& logits,
+                               const tensor<std::int32_t, 1>& targets, std::int32_t ignored,
+                               const tensor<double, 1>& log_sum, const token_weights<T>& weights,
+                               const tensor<T, 2>& d_logits, bool add) {
+  const index_t vocabulary = logits.extent(1);
+  detail::for_each_row(ctx, logits.extent(0), 4 * vocabulary, [&](index_t t) {
+    T* d = &d_logits(t, 0);
+    if (targets(t) == ignored) {
+      if (!add) std::fill_n(d, vocabulary, T(0));
+      return;
+    }
+    const T weight = static_cast<T>(weights(t));
+    if (add) {
+      kernels::add_softmax<true>(vocabulary, &logits(t, 0), T(1), log_sum(t), -weight, d);
+    } else {
+      kernels::add_softmax<false>(vocabulary, &logits(t, 0), T(1), log_sum(t), -weight, d);
+    }
+    d[targets(t)] += weight;
+  });
+}
 
 namespace detail {
 
-/// Rows of logits to hold at a time: 2 MiB where that is enough rows for fast products, never
-/// fewer than 256 rows nor more than 1024.
-template <Real T>
-[[nodiscard]] index_t logits_block(index_t wanted, index_t vocabulary, index_t tokens) {
-  const index_t row = std::max<index_t>(1, vocabulary) * static_cast<index_t>(sizeof(T));
-  const index_t automatic = std::clamp<index_t>((index_t{2} << 20) / row, 256, 1024);
-  return std::clamp<index_t>(wanted > 0 ? wanted : automatic, 1, std::max<index_t>(1, tokens));
-}
-
-template <class T>
-[[nodiscard]] view<T, 2> rows_between(view<T, 2> v, index_t begin, index_t end) {
-  if (!v) return v;
-  return {v.data + begin * v.stride(0), {end - begin, v.extent(1)}, v.strides};
-}
-
-/// f(t) for the rows of [begin, end), in parallel.
-template <class F>
-void for_each_row(const cpu::context& ctx, index_t begin, index_t end, index_t width, F f) {
-  const index_t n = end - begin;
-  kernels::for_each_piece(ctx, n, kernels::row_pieces(n, width),
-                          [&](index_t, index_t from, index_t to) {
-                            for (index_t t = begin + from; t < begin + to; ++t)
-                              f(t);
-                          });
-}
-
-template <Real T>
-[[nodiscard]] tensor<T, 1> scalar(double value) {
-  return tensor<T, 1>::full({1}, static_cast<T>(value));
-}
-
-inline void check_targets(const char* operation, const tensor<std::int32_t, 2>& targets,
+inline void check_targets(const char* operation, const tensor<std::int32_t, 1>& targets,
                           index_t classes, std::int32_t ignore_index) {
   for (index_t t = 0; t < targets.size(); ++t) {
-    const std::int32_t id = targets.data()[t];
+    const std::int32_t id = targets(t);
     if (id == ignore_index || (id >= 0 && id < classes)) continue;
     throw value_error("ssm: " + std::string(operation) + ": the target of token " +
                       std::to_string(t) + " is " + std::to_string(id) + ", the vocabulary has " +
@@ -72,104 +72,100 @@ inline void check_targets(const char* operation, const tensor<std::int32_t, 2>& 
   }
 }
 
+/// The targets of tokens, checked on the host and put on the backend once.
+template <Backend B>
+struct target_ids {
+  tensor<std::int32_t, 1> host;  // (tokens), dense
+  tensor<std::int32_t, 1, B> ids;
+  std::int32_t ignored;
+  index_t counted;
+
+  target_ids(const char* operation, const tensor<std::int32_t, 2>& targets, index_t classes,
+             std::int32_t ignore_index)
+      : host(targets.contiguous().reshape(targets.size())), ignored(ignore_index) {
+    check_targets(operation, host, classes, ignored);
+    ids = on_backend<B>(host);
+    counted = size() - std::count(host.data(), host.data() + size(), ignored);
+  }
+
+  [[nodiscard]] index_t size() const { return host.size(); }
+  [[nodiscard]] bool any_counts(index_t begin, index_t end) const {
+    return std::any_of(host.data() + begin, host.data() + end,
+                       [this](std::int32_t id) { return id != ignored; });
+  }
+};
+
 /// The log probabilities of targets, block of tokens by block of tokens. The logits of a block are
 /// computed again in the backward pass.
-template <Real T>
+template <Floating T, Backend B>
 struct target_scores {
-  tensor<T, 3> hidden;  // (b, T, d)
-  linear<T> head;
-  tensor<std::int32_t, 2> targets;  // dense
-  std::int32_t ignore_index;
+  tensor<T, 3, B> hidden;  // (b, T, d)
+  linear<T, B> head;
+  target_ids<B> targets;
   index_t block;
-  tensor<double, 1> log_probability, log_sum;  // (tokens); of counted tokens
+  tensor<double, 1, B> log_probability, log_sum;  // (tokens); 0 where a token does not count
 
-  target_scores(const char* operation, const tensor<T, 3>& hidden_states, const linear<T>& lm_head,
-                const tensor<std::int32_t, 2>& wanted, std::int32_t ignore, index_t block_tokens)
-      : hidden(hidden_states), head(lm_head), targets(wanted.contiguous()), ignore_index(ignore) {
+  target_scores(const char* operation, const tensor<T, 3, B>& hidden_states,
+                const linear<T, B>& lm_head, const tensor<std::int32_t, 2>& wanted,
+                std::int32_t ignore, index_t block_tokens)
+      : hidden(hidden_states),
+        head(lm_head),
+        targets(checked(operation, hidden, head, wanted, ignore)),
+        block(logits_block<T, B>(block_tokens, vocabulary(), targets.size())),
+        log_probability(tensor<double, 1, B>::zeros(targets.size())),
+        log_sum(tensor<double, 1, B>::zeros(targets.size())) {}
+
+  [[nodiscard]] index_t vocabulary() const { return head.weight.extent(0); }
+
+  void evaluate(const typename B::context& ctx) const {
+    for_each_block(ctx, [&](index_t begin, index_t end, const tensor<T, 2, B>& logits, auto&) {
+      apply_log_probability(ctx, logits, targets.ids.slice(0, begin, end), targets.ignored,
+                            log_probability.slice(0, begin, end), log_sum.slice(0, begin, end));
+    });
+  }
+
+  /// Adds the gradients of the sum over tokens of weights(t) log_probability(t).
+  void add_gradients(const typename B::context& ctx, tape<T, B>& tape,
+                     const token_weights<accum_t<T>, B>& weights) const {
+    const output_tokens<T, 3, B> dx(tape.gradient(hidden));
+    for_each_block(
+        ctx, [&](index_t begin, index_t end, const tensor<T, 2, B>& logits, const auto& tile) {
+          apply_log_probability_vjp(ctx, logits, targets.ids.slice(0, begin, end), targets.ignored,
+                                    log_sum.slice(0, begin, end), weights.between(begin, end),
+                                    logits, false);
+          tile.add_gradients(ctx, tape, dx.get());
+        });
+    dx.finish();
+  }
+
+ private:
+  [[nodiscard]] static target_ids<B> checked(const char* operation, const tensor<T, 3, B>& hidden,
+                                             const linear<T, B>& head,
+                                             const tensor<std::int32_t, 2>& wanted,
+                                             std::int32_t ignore) {
     check_linear(operation, hidden, head.weight, head.bias);
     if (hidden.extent(0) != wanted.extent(0) || hidden.extent(1) != wanted.extent(1)) {
       throw shape_error("ssm: " + std::string(operation) + ": the hidden states are " +
                         to_string<3>(hidden.extents()) + ", the targets " +
                         to_string<2>(wanted.extents()) + "; wanted the same batch and time");
     }
-    check_targets(operation, targets, head.weight.extent(0), ignore_index);
-    block = logits_block<T>(block_tokens, vocabulary(), tokens());
-    log_probability = tensor<double, 1>::zeros(tokens());
-    log_sum = tensor<double, 1>::zeros(tokens());
+    return {operation, wanted, head.weight.extent(0), ignore};
   }
 
-  [[nodiscard]] index_t tokens() const { return targets.size(); }
-  [[nodiscard]] index_t vocabulary() const { return head.weight.extent(0); }
-  [[nodiscard]] bool counts(index_t t) const { return targets.data()[t] != ignore_index; }
-  [[nodiscard]] bool wanted(const tape<T>* t) const {
-    return t != nullptr && (t->wants(hidden) || t->wants(head.weight) || t->wants(head.bias));
-  }
-
-  void evaluate(const cpu::context& ctx) const {
-    const tensor<T, 2> rows = input_tokens(hidden);
-    for_each_block(ctx, rows, [&](index_t begin, index_t end, view<T, 2> logits) {
-      for_each_row(ctx, begin, end, 4 * vocabulary(), [&](index_t t) {
-        if (!counts(t)) return;
-        const T* z = logits.data + (t - begin) * logits.stride(0);
-        log_sum(t) = kernels::log_sum_exp(vocabulary(), z, T(1));
-        log_probability(t) = static_cast<double>(z[targets.data()[t]]) - log_sum(t);
-      });
-    });
-  }
-
-  /// Adds the gradients of the sum over tokens of g(t) log_probability(t).
-  template <class G>
-  void add_gradients(const cpu::context& ctx, tape<T>& tape, G g) const {
-    const tensor<T, 2> rows = input_tokens(hidden);
-    const output_tokens<T, 3> dx(tape.gradient(hidden));
-    const tensor<T, 2> d_weight = tape.gradient(head.weight);
-    const tensor<T, 1> d_bias = tape.gradient(head.bias);
-    for_each_block(ctx, rows, [&](index_t begin, index_t end, view<T, 2> logits) {
-      for_each_row(ctx, begin, end, 4 * vocabulary(), [&](index_t t) {
-        T* z = logits.data + (t - begin) * logits.stride(0);
-        if (!counts(t)) return static_cast<void>(std::fill_n(z, vocabulary(), T(0)));
-        const T weight = static_cast<T>(g(t));
-        kernels::add_softmax<false>(vocabulary(), z, T(1), log_sum(t), -weight, z);
-        z[targets.data()[t]] += weight;
-      });
-      linear_rows_vjp<T>(ctx, rows_between(rows.const_view(), begin, end), head.weight, logits,
-                         rows_between(dx.get().view(), begin, end), d_weight.view(), d_bias);
-    });
-    dx.finish();
-  }
-
- private:
-  /// f(begin, end, logits of these tokens) for the blocks with tokens that count.
+  /// f(begin, end, logits, tile) for the blocks with tokens that count.
   template <class F>
-  void for_each_block(const cpu::context& ctx, const tensor<T, 2>& rows, F f) const {
-    const scratch<T> tile(block * vocabulary());
-    for (index_t begin = 0; begin < tokens(); begin += block) {
-      const index_t end = std::min(tokens(), begin + block);
-      bool any = false;
-      for (index_t t = begin; t < end; ++t)
-        any = any || counts(t);
-      if (!any) continue;
-      const view<T, 2> logits{tile.data(), {end - begin, vocabulary()}, {vocabulary(), 1}};
-      linear_rows<T>(ctx, false, rows_between(rows.const_view(), begin, end), head.weight,
-                     head.bias, logits);
-      f(begin, end, logits);
+  void for_each_block(const typename B::context& ctx, F f) const {
+    logits_tile<T, B> tile(hidden, head, vocabulary(), block);
+    for (index_t begin = 0; begin < targets.size(); begin += block) {
+      const index_t end = std::min(targets.size(), begin + block);
+      if (targets.any_counts(begin, end)) f(begin, end, tile.compute(ctx, begin, end), tile);
     }
   }
 };
 
-/// The sum of -log_probability over the tokens that count, and their number.
-template <Real T, class Counts>
-[[nodiscard]] token_loss<T> reduce_tokens(const tensor<double, 1>& log_probability, Counts counts,
-                                          double divide_by) {
-  token_loss<T> r;
-  for (index_t t = 0; t < log_probability.size(); ++t) {
-    if (!counts(t)) continue;
-    r.sum -= log_probability(t);
-    ++r.tokens;
-  }
-  if (divide_by == 0) divide_by = static_cast<double>(std::max<index_t>(1, r.tokens));
-  r.loss = scalar<T>(r.sum / divide_by);
-  return r;
+/// What the sum over `counted` tokens is divided by.
+[[nodiscard]] inline double token_divisor(double divide_by, index_t counted) {
+  return divide_by != 0 ? divide_by : static_cast<double>(std::max<index_t>(1, counted));
 }
 
 }  // namespace detail
@@ -180,100 +176,92 @@ template <Real T, class Counts>
 ///
 /// @param hidden   (b, T, d)
 /// @param head     weight (V, d), bias (V) or absent; a tied embedding is linear<T>{table, {}}
-/// @param targets  (b, T); options.ignore_index does not count
+/// @param targets  (b, T), on the host; options.ignore_index does not count
 /// @return         the loss, the undivided sum and the counted tokens; 0 where no token counts
 /// @throws shape_error  the sizes do not fit. @throws value_error  a target outside the vocabulary.
 /// @cost   2 tokens d V flops, three times that backward, which computes the logits again;
 ///         memory: one block of logits and two numbers a token.
-template <Real T>
-[[nodiscard]] token_loss<T> lm_cross_entropy(const pass<T>& p, const tensor<T, 3>& hidden,
-                                             const std::type_identity_t<linear<T>>& head,
-                                             const tensor<std::int32_t, 2>& targets,
-                                             const cross_entropy_options& o = {}) {
-  const detail::target_scores<T> scores("lm_cross_entropy", hidden, head, targets, o.ignore_index,
-                                        o.block_tokens);
+template <Floating T, Backend B>
+[[nodiscard]] token_loss<T, B> lm_cross_entropy(const pass<T, B>& p, const tensor<T, 3, B>& hidden,
+                                                const std::type_identity_t<linear<T, B>>& head,
+                                                const tensor<std::int32_t, 2>& targets,
+                                                const cross_entropy_options& o = {}) {
+  const typename B::scope scope(p.ctx);
+  const detail::target_scores<T, B> scores("lm_cross_entropy", hidden, head, targets,
+                                           o.ignore_index, o.block_tokens);
   scores.evaluate(p.ctx);
-  const auto r = detail::reduce_tokens<T>(
-      scores.log_probability, [&](index_t t) { return scores.counts(t); }, o.divide_by);
-  if (!scores.wanted(p.tape) || r.tokens == 0) return r;
-  const double divisor = o.divide_by == 0 ? static_cast<double>(r.tokens) : o.divide_by;
+  const index_t counted = scores.targets.counted;
+  const double divisor = detail::token_divisor(o.divide_by, counted);
+  const auto r =
+      detail::make_token_loss<T, B>(p.ctx, scores.log_probability, -1, 1, divisor, counted);
+  if (!detail::wants_any(p.tape, hidden, head) || counted == 0) return r;
   p.tape->record(r.loss, [=, loss = r.loss, &ctx = p.ctx, t = p.tape] {
-    const double g = -static_cast<double>(t->gradient(loss)(0)) / divisor;
-    scores.add_gradients(ctx, *t, [g](index_t) { return g; });
+    scores.add_gradients(ctx, *t, {t->gradient(loss), -1.0, divisor});
   });
   return r;
 }
 
 /// The same from logits.
 /// @param logits   (b, T, V)
-/// @param targets  (b, T)
-template <Real T>
-[[nodiscard]] token_loss<T> cross_entropy(const pass<T>& p, const tensor<T, 3>& logits,
-                                          const tensor<std::int32_t, 2>& targets,
-                                          const cross_entropy_options& o = {});
+/// @param targets  (b, T), on the host
+template <Floating T, Backend B>
+[[nodiscard]] token_loss<T, B> cross_entropy(const pass<T, B>& p, const tensor<T, 3, B>& logits,
+                                             const tensor<std::int32_t, 2>& targets,
+                                             const cross_entropy_options& o = {});
 
 /// The log probability of each sequence's counted targets, for preference losses and evaluation.
 ///
 /// @param hidden   (b, T, d)
 /// @param head     weight (V, d), bias (V) or absent
-/// @param targets  (b, T); -100 does not count
+/// @param targets  (b, T), on the host; -100 does not count
 /// @param mask     (b, T): 0 does not count; absent: all count
 /// @param layout   the sequences; default: b sequences of T tokens
 /// @return         (sequences)
 /// @throws shape_error, value_error  as lm_cross_entropy
-template <Real T>
-[[nodiscard]] tensor<T, 1> sequence_log_probability(const pass<T>& p, const tensor<T, 3>& hidden,
-                                                    const std::type_identity_t<linear<T>>& head,
-                                                    const tensor<std::int32_t, 2>& targets,
-                                                    const tensor<std::int32_t, 2>& mask = {},
-                                                    const sequence_layout& layout = {});
+template <Floating T, Backend B>
+[[nodiscard]] tensor<accum_t<T>, 1, B> sequence_log_probability(
+    const pass<T, B>& p, const tensor<T, 3, B>& hidden,
+    const std::type_identity_t<linear<T, B>>& head, const tensor<std::int32_t, 2>& targets,
+    const tensor<std::int32_t, 2>& mask = {}, const sequence_layout& layout = {});
 
 // ---- definitions --------------------------------------------------------------------------------
 
-template <Real T>
-token_loss<T> cross_entropy(const pass<T>& p, const tensor<T, 3>& logits,
-                            const tensor<std::int32_t, 2>& targets,
-                            const cross_entropy_options& o) {
+template <Floating T, Backend B>
+token_loss<T, B> cross_entropy(const pass<T, B>& p, const tensor<T, 3, B>& logits,
+                               const tensor<std::int32_t, 2>& targets,
+                               const cross_entropy_options& o) {
   if (logits.extent(0) != targets.extent(0) || logits.extent(1) != targets.extent(1)) {
     throw shape_error("ssm: cross_entropy: the logits are " + to_string<3>(logits.extents()) +
                       ", the targets " + to_string<2>(targets.extents()) +
                       "; wanted the same batch and time");
   }
-  const tensor<T, 2> rows = detail::input_tokens(logits);
-  const tensor<std::int32_t, 2> ids = targets.contiguous();
-  const index_t tokens = rows.extent(0), vocabulary = rows.extent(1);
-  detail::check_targets("cross_entropy", ids, vocabulary, o.ignore_index);
-  const auto counts = [ids, ignore = o.ignore_index](index_t t) { return ids.data()[t] != ignore; };
-  const auto log_probability = tensor<double, 1>::zeros(tokens);
-  const auto log_sum = tensor<double, 1>::zeros(tokens);
-  detail::for_each_row(p.ctx, 0, tokens, 4 * vocabulary, [&](index_t t) {
-    if (!counts(t)) return;
-    log_sum(t) = kernels::log_sum_exp(vocabulary, &rows(t, 0), T(1));
-    log_probability(t) = static_cast<double>(rows(t, ids.data()[t])) - log_sum(t);
-  });
-  const auto r = detail::reduce_tokens<T>(log_probability, counts, o.divide_by);
-  if (p.tape == nullptr || !p.tape->wants(logits) || r.tokens == 0) return r;
-  const double divisor = o.divide_by == 0 ? static_cast<double>(r.tokens) : o.divide_by;
+  const typename B::scope scope(p.ctx);
+  const tensor<T, 2, B> rows = detail::input_tokens(logits);
+  const detail::target_ids<B> ids("cross_entropy", targets, rows.extent(1), o.ignore_index);
+  const auto log_probability = tensor<double, 1, B>::zeros(ids.size());
+  const auto log_sum = tensor<double, 1, B>::zeros(ids.size());
+  apply_log_probability(p.ctx, rows, ids.ids, ids.ignored, log_probability, log_sum);
+  const double divisor = detail::token_divisor(o.divide_by, ids.counted);
+  const auto r = detail::make_token_loss<T, B>(p.ctx, log_probability, -1, 1, divisor, ids.counted);
+  if (p.tape == nullptr || !p.tape->wants(logits) || ids.counted == 0) return r;
   p.tape->record(r.loss, [=, loss = r.loss, &ctx = p.ctx, tape = p.tape] {
-    const detail::output_tokens<T, 3> d(tape->gradient(logits));
+    const detail::output_tokens<T, 3, B> d(tape->gradient(logits));
     if (!d.get()) return;
-    const T g = static_cast<T>(static_cast<double>(tape->gradient(loss)(0)) / divisor);
-    detail::for_each_row(ctx, 0, tokens, 4 * vocabulary, [&](index_t t) {
-      if (!counts(t)) return;
-      kernels::add_softmax<true>(vocabulary, &rows(t, 0), T(1), log_sum(t), g, &d.get()(t, 0));
-      d.get()(t, ids.data()[t]) -= g;
-    });
+    apply_log_probability_vjp(ctx, rows, ids.ids, ids.ignored, log_sum,
+                              token_weights<accum_t<T>, B>{tape->gradient(loss), -1.0, divisor},
+                              d.get(), true);
     d.finish();
   });
   return r;
 }
 
-template <Real T>
-tensor<T, 1> sequence_log_probability(const pass<T>& p, const tensor<T, 3>& hidden,
-                                      const std::type_identity_t<linear<T>>& head,
-                                      const tensor<std::int32_t, 2>& targets,
-                                      const tensor<std::int32_t, 2>& mask,
-                                      const sequence_layout& given) {
+template <Floating T, Backend B>
+tensor<accum_t<T>, 1, B> sequence_log_probability(const pass<T, B>& p,
+                                                  const tensor<T, 3, B>& hidden,
+                                                  const std::type_identity_t<linear<T, B>>& head,
+                                                  const tensor<std::int32_t, 2>& targets,
+                                                  const tensor<std::int32_t, 2>& mask,
+                                                  const sequence_layout& given) {
   constexpr std::int32_t ignored = -100;
   tensor<std::int32_t, 2> wanted = targets;
   if (mask) {
@@ -290,24 +278,25 @@ tensor<T, 1> sequence_log_probability(const pass<T>& p, const tensor<T, 3>& hidd
                       to_string<2>(wanted.extents()) + ", the layout has " +
                       std::to_string(layout.tokens()) + " tokens; wanted as many");
   }
-  const detail::target_scores<T> scores("sequence_log_probability", hidden, head, wanted, ignored,
-                                        0);
+  const typename B::scope scope(p.ctx);
+  const detail::target_scores<T, B> scores("sequence_log_probability", hidden, head, wanted,
+                                           ignored, 0);
   scores.evaluate(p.ctx);
-  tensor<T, 1> result(layout.sequences());
-  tensor<std::int32_t, 1> sequence(wanted.size());
+  const tensor<double, 1, B> sums(layout.sequences());
+  const tensor<accum_t<T>, 1, B> result(layout.sequences());
+  apply_token_sums(p.ctx, scores.log_probability, layout, 1, sums);
+  apply_scaled(p.ctx, sums, 1, 1, result);
+  if (!detail::wants_any(p.tape, hidden, head)) return result;
+  const tensor<std::int32_t, 1> sequence(wanted.size());
   for (index_t i = 0; i < layout.sequences(); ++i) {
-    double sum = 0;
-    for (index_t t = layout.begin(i); t < layout.end(i); ++t) {
-      sequence(t) = static_cast<std::int32_t>(i);
-      sum += scores.log_probability(t);
-    }
-    result(i) = static_cast<T>(sum);
+    std::fill(sequence.data() + layout.begin(i), sequence.data() + layout.end(i),
+              static_cast<std::int32_t>(i));
   }
-  if (!scores.wanted(p.tape)) return result;
+  const auto index = detail::on_backend<B>(sequence);
   p.tape->record(result, [=, &ctx = p.ctx, tape = p.tape] {
-    const tensor<T, 1> g = tape->gradient(result);
-    scores.add_gradients(ctx, *tape,
-                         [&](index_t t) { return static_cast<double>(g(sequence(t))); });
+    const tensor<accum_t<T>, 1, B> g(index.size());
+    apply_spread(ctx, tape->gradient(result), index, g);
+    scores.add_gradients(ctx, *tape, {g});
   });
   return result;
 }

@@ -1,7 +1,9 @@
 #pragma once
 
 #include <ssmlib/base/compiled.hpp>
-#include <ssmlib/train/cross_entropy.hpp>
+#include <ssmlib/kernels/cpu/cross_entropy.hpp>
+#include <ssmlib/train/logits_tile.hpp>
+#include <ssmlib/train/token_loss.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -21,116 +23,127 @@ struct kl_options {
   index_t block_tokens = 0;  ///< rows of logits held at a time; 0: by the vocabulary
 };
 
+/// What the backward pass of a divergence needs of each token; 0 where a token does not count.
+template <Backend B = cpu>
+struct divergence_rows {
+  tensor<double, 1, B> student_log_sum, teacher_log_sum;  ///< (tokens), at the temperature
+  tensor<double, 1, B> divergence;                        ///< (tokens), KL(teacher || student)
+
+  [[nodiscard]] static divergence_rows zeros(index_t tokens) {
+    const auto some = [&] { return tensor<double, 1, B>::zeros(tokens); };
+    return {some(), some(), some()};
+  }
+  /// Those of the tokens [begin, end).
+  [[nodiscard]] divergence_rows between(index_t begin, index_t end) const {
+    return {student_log_sum.slice(0, begin, end), teacher_log_sum.slice(0, begin, end),
+            divergence.slice(0, begin, end)};
+  }
+};
+
+/// The divergences of rows of logits (n, V), both divided by the temperature before the softmax.
+/// @param mask  (n): 0 does not count, its results are 0 before and stay 0; absent: all count
+template <Real T>
+void apply_divergence(const cpu::context& ctx, const tensor<T, 2>& student,
+                      const tensor<T, 2>& teacher, const tensor<std::int32_t, 1>& mask,
+                      double temperature, const divergence_rows<>& rows) {
+  const index_t vocabulary = student.extent(1);
+  const T scale = static_cast<T>(1 / temperature);
+  detail::for_each_row(ctx, student.extent(0), 8 * vocabulary, [&](index_t t) {
+    if (mask && mask(t) == 0) return;
+    const T *zs = &student(t, 0), *zt = &teacher(t, 0);
+    rows.student_log_sum(t) = kernels::log_sum_exp(vocabulary, zs, scale);
+    rows.teacher_log_sum(t) = kernels::log_sum_exp(vocabulary, zt, scale);
+    rows.divergence(t) = kernels::kl_divergence<T>(
+        {vocabulary, zs, zt, scale, rows.student_log_sum(t), rows.teacher_log_sum(t)});
+  });
+}
+/// d_student, d_teacher = or, with `add`, += the gradients of the sum over t of weights(t)
+/// temperature divergence(t). Either may be absent; they may overwrite the logits themselves.
+template <Real T>
+void apply_divergence_vjp(const cpu::context& ctx, const tensor<T, 2>& student,
+                          const tensor<T, 2>& teacher, const tensor<std::int32_t, 1>& mask,
+                          double temperature, const divergence_rows<>& rows,
+                          const token_weights<T>& weights, const tensor<T, 2>& d_student,
+                          const tensor<T, 2>& d_teacher, bool add) {
+  const index_t vocabulary = student.extent(1);
+  const T scale = static_cast<T>(1 / temperature);
+  detail::for_each_row(ctx, student.extent(0), 8 * vocabulary, [&](index_t t) {
+    T* ds = d_student ? &d_student(t, 0) : nullptr;
+    T* dt = d_teacher ? &d_teacher(t, 0) : nullptr;
+    if (mask && mask(t) == 0) {
+      if (!add && ds) std::fill_n(ds, vocabulary, T(0));
+      if (!add && dt) std::fill_n(dt, vocabulary, T(0));
+      return;
+    }
+    const kernels::divergence_row<T> row{
+        vocabulary, &student(t, 0),          &teacher(t, 0),
+        scale,      rows.student_log_sum(t), rows.teacher_log_sum(t)};
+    const T g = static_cast<T>(weights(t));
+    if (add) {
+      kernels::kl_divergence_vjp<true>(row, rows.divergence(t), g, ds, dt);
+    } else {
+      kernels::kl_divergence_vjp<false>(row, rows.divergence(t), g, ds, dt);
+    }
+  });
+}
+
 namespace detail {
 
-/// The tokens of a divergence and what the backward pass needs of each.
-template <Real T>
+/// The tokens of a divergence, and how it becomes a loss.
+template <Backend B>
 struct divergence_terms {
-  tensor<std::int32_t, 2> mask;  // dense, or absent
-  double temperature;
-  index_t vocabulary;
-  tensor<double, 2> saved;  // (tokens, 3): log-sums of student and teacher, divergence
+  tensor<std::int32_t, 1> host_mask;  // (tokens), dense, or absent
+  tensor<std::int32_t, 1, B> mask;
+  double temperature, factor;  // factor: of the sum over tokens, temperature^2 / divisor
+  index_t counted;
+  divergence_rows<B> rows;
 
-  divergence_terms(const char* operation, const tensor<T, 3>& student, const tensor<T, 3>& teacher,
-                   index_t classes, const tensor<std::int32_t, 2>& given_mask, const kl_options& o)
-      : mask(given_mask.contiguous()),
-        temperature(o.temperature),
-        vocabulary(classes),
-        saved(tensor<double, 2>::zeros(student.extent(0) * student.extent(1), 3)) {
+  template <Floating T>
+  divergence_terms(const char* operation, const tensor<T, 3, B>& student,
+                   const tensor<T, 3, B>& teacher, const tensor<std::int32_t, 2>& given_mask,
+                   const kl_options& o)
+      : temperature(o.temperature), counted(student.extent(0) * student.extent(1)) {
     const shape<2> tokens{student.extent(0), student.extent(1)};
     if (teacher.extent(0) != tokens[0] || teacher.extent(1) != tokens[1] ||
-        (mask && mask.extents() != tokens)) {
-      throw shape_error("ssm: " + std::string(operation) + ": the student is " +
-                        to_string<3>(student.extents()) + ", the teacher " +
-                        to_string<3>(teacher.extents()) +
-                        (mask ? ", the mask " + to_string<2>(mask.extents()) : std::string()) +
-                        "; wanted the same batch and time");
+        (given_mask && given_mask.extents() != tokens)) {
+      throw shape_error(
+          "ssm: " + std::string(operation) + ": the student is " + to_string<3>(student.extents()) +
+          ", the teacher " + to_string<3>(teacher.extents()) +
+          (given_mask ? ", the mask " + to_string<2>(given_mask.extents()) : std::string()) +
+          "; wanted the same batch and time");
     }
     if (!(temperature > 0)) {
       throw value_error("ssm: " + std::string(operation) + ": the temperature is " +
                         std::to_string(temperature) + "; wanted a positive number");
     }
-  }
-
-  [[nodiscard]] bool counts(index_t t) const { return !mask || mask.data()[t] != 0; }
-
-  void evaluate(index_t t, const T* student, const T* teacher) const {
-    const T scale = static_cast<T>(1 / temperature);
-    saved(t, 0) = kernels::log_sum_exp(vocabulary, student, scale);
-    saved(t, 1) = kernels::log_sum_exp(vocabulary, teacher, scale);
-    saved(t, 2) = kernels::kl_divergence(row(t, student, teacher));
-  }
-  template <bool Add>
-  void add_gradients(index_t t, const T* student, const T* teacher, double g, T* d_student,
-                     T* d_teacher) const {
-    kernels::kl_divergence_vjp<Add>(row(t, student, teacher), saved(t, 2),
-                                    static_cast<T>(g / temperature), d_student, d_teacher);
-  }
-
-  /// The factor of the sum over tokens: temperature^2 / divisor.
-  [[nodiscard]] double factor(const kl_options& o, index_t tokens, index_t batch) const {
+    rows = divergence_rows<B>::zeros(counted);
+    if (given_mask) {
+      host_mask = given_mask.contiguous().reshape(given_mask.size());
+      mask = on_backend<B>(host_mask);
+      counted -= std::count(host_mask.data(), host_mask.data() + host_mask.size(), 0);
+    }
     double divisor = o.divide_by;
     if (divisor == 0) {
-      const index_t n = o.divisor == kl_divisor::tokens ? tokens : batch;
+      const index_t n = o.divisor == kl_divisor::tokens ? counted : tokens[0];
       divisor = static_cast<double>(std::max<index_t>(1, n));
     }
-    return temperature * temperature / divisor;
-  }
-  [[nodiscard]] token_loss<T> reduce(const kl_options& o, index_t batch) const {
-    token_loss<T> r;
-    for (index_t t = 0; t < saved.extent(0); ++t) {
-      if (!counts(t)) continue;
-      r.sum += saved(t, 2);
-      ++r.tokens;
-    }
-    r.loss = scalar<T>(r.sum * factor(o, r.tokens, batch));
-    return r;
+    factor = temperature * temperature / divisor;
   }
 
- private:
-  [[nodiscard]] kernels::divergence_row<T> row(index_t t, const T* student,
-                                               const T* teacher) const {
-    return {vocabulary,  student,    teacher, static_cast<T>(1 / temperature),
-            saved(t, 0), saved(t, 1)};
+  [[nodiscard]] bool any_counts(index_t begin, index_t end) const {
+    return !host_mask || std::any_of(host_mask.data() + begin, host_mask.data() + end,
+                                     [](std::int32_t m) { return m != 0; });
+  }
+  template <Floating T>
+  [[nodiscard]] token_loss<T, B> loss(const typename B::context& ctx) const {
+    return make_token_loss<T, B>(ctx, rows.divergence, 1, factor, 1, counted);
+  }
+  /// @param g  the gradient of the loss
+  template <Real R>
+  [[nodiscard]] token_weights<R, B> weights(const tensor<R, 1, B>& g) const {
+    return {g, factor, temperature};
   }
 };
-
-/// One block of a model's logits, and its share of the backward pass.
-template <Real T>
-class logits_tile {
- public:
-  logits_tile(const tensor<T, 3>& hidden, const linear<T>& head, index_t vocabulary, index_t block)
-      : rows_(input_tokens(hidden)),
-        weight_(head.weight.slice(0, 0, vocabulary)),
-        bias_(head.bias ? head.bias.slice(0, 0, vocabulary) : head.bias),
-        tile_(block * vocabulary) {}
-
-  void compute(const cpu::context& ctx, index_t begin, index_t end) {
-    begin_ = begin;
-    logits_ = {tile_.data(), {end - begin, weight_.extent(0)}, {weight_.extent(0), 1}};
-    linear_rows<T>(ctx, false, rows_between(rows_.const_view(), begin, end), weight_, bias_,
-                   logits_);
-  }
-  [[nodiscard]] T* row(index_t t) const { return logits_.data + (t - begin_) * logits_.stride(0); }
-  /// The tile holds the gradient of the logits now.
-  void add_gradients(const cpu::context& ctx, tape<T>& tape, view<T, 2> dx) const {
-    linear_rows_vjp<T>(ctx, rows_between(rows_.const_view(), begin_, begin_ + logits_.extent(0)),
-                       weight_, logits_, rows_between(dx, begin_, begin_ + logits_.extent(0)),
-                       tape.gradient(weight_).view(), tape.gradient(bias_));
-  }
-
- private:
-  tensor<T, 2> rows_, weight_;
-  tensor<T, 1> bias_;
-  scratch<T> tile_;
-  view<T, 2> logits_;
-  index_t begin_ = 0;
-};
-
-template <Real T>
-[[nodiscard]] bool wants_any(const tape<T>& t, const tensor<T, 3>& hidden, const linear<T>& head) {
-  return t.wants(hidden) || t.wants(head.weight) || t.wants(head.bias);
-}
 
 }  // namespace detail
 
@@ -140,34 +153,31 @@ template <Real T>
 ///
 /// with both distributions softened by the temperature.
 /// @param student, teacher  (b, T, V); of different vocabularies the common first entries count
-/// @param mask              (b, T): 0 does not count; absent: all count
-/// @return                  the loss; `sum` is the plain sum of divergences
+/// @param mask              (b, T), on the host: 0 does not count; absent: all count
+/// @return                  the loss; sum() is the plain sum of divergences
 /// @throws shape_error  the sizes do not fit. @throws value_error  a temperature that is not > 0.
 /// @source Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
-template <Real T>
-[[nodiscard]] token_loss<T> kl_divergence(const pass<T>& p, const tensor<T, 3>& student,
-                                          const tensor<T, 3>& teacher,
-                                          const tensor<std::int32_t, 2>& mask = {},
-                                          const kl_options& o = {}) {
+template <Floating T, Backend B>
+[[nodiscard]] token_loss<T, B> kl_divergence(const pass<T, B>& p, const tensor<T, 3, B>& student,
+                                             const tensor<T, 3, B>& teacher,
+                                             const tensor<std::int32_t, 2>& mask = {},
+                                             const kl_options& o = {}) {
+  const typename B::scope scope(p.ctx);
+  const detail::divergence_terms<B> terms("kl_divergence", student, teacher, mask, o);
   const index_t vocabulary = std::min(student.extent(2), teacher.extent(2));
-  const detail::divergence_terms<T> terms("kl_divergence", student, teacher, vocabulary, mask, o);
-  const tensor<T, 2> s = detail::input_tokens(student), q = detail::input_tokens(teacher);
-  const index_t tokens = s.extent(0), batch = student.extent(0);
-  detail::for_each_row(p.ctx, 0, tokens, 8 * vocabulary, [&](index_t t) {
-    if (terms.counts(t)) terms.evaluate(t, &s(t, 0), &q(t, 0));
-  });
-  const token_loss<T> r = terms.reduce(o, batch);
+  const auto common = [vocabulary](const tensor<T, 2, B>& rows) {
+    return rows ? rows.slice(1, 0, vocabulary) : rows;
+  };
+  const tensor<T, 2, B> s = common(detail::input_tokens(student)),
+                        q = common(detail::input_tokens(teacher));
+  apply_divergence(p.ctx, s, q, terms.mask, terms.temperature, terms.rows);
+  const auto r = terms.template loss<T>(p.ctx);
   if (p.tape == nullptr || !(p.tape->wants(student) || p.tape->wants(teacher))) return r;
-  const double factor = terms.factor(o, r.tokens, batch);
   p.tape->record(r.loss, [=, loss = r.loss, &ctx = p.ctx, tape = p.tape] {
-    const double g = static_cast<double>(tape->gradient(loss)(0)) * factor;
-    const detail::output_tokens<T, 3> ds(tape->gradient(student)), dq(tape->gradient(teacher));
-    detail::for_each_row(ctx, 0, tokens, 8 * vocabulary, [&](index_t t) {
-      if (!terms.counts(t)) return;
-      terms.template add_gradients<true>(t, &s(t, 0), &q(t, 0), g,
-                                         ds.get() ? &ds.get()(t, 0) : nullptr,
-                                         dq.get() ? &dq.get()(t, 0) : nullptr);
-    });
+    const detail::output_tokens<T, 3, B> ds(tape->gradient(student)), dq(tape->gradient(teacher));
+    apply_divergence_vjp(ctx, s, q, terms.mask, terms.temperature, terms.rows,
+                         terms.weights(tape->gradient(loss)), common(ds.get()), common(dq.get()),
+                         true);
     ds.finish();
     dq.finish();
   });
@@ -178,65 +188,57 @@ template <Real T>
 ///
 /// @param student, teacher            hidden states (b, T, d), (b, T, d')
 /// @param student_head, teacher_head  weight (V, d), bias (V) or absent
-/// @param mask                        (b, T), or absent
+/// @param mask                        (b, T), on the host, or absent
 /// @cost   the products with both heads, forward; backward these again and two more for each model
 ///         whose gradient is wanted.
-template <Real T>
-[[nodiscard]] token_loss<T> lm_kl_divergence(const pass<T>& p, const tensor<T, 3>& student,
-                                             const std::type_identity_t<linear<T>>& student_head,
-                                             const tensor<T, 3>& teacher,
-                                             const std::type_identity_t<linear<T>>& teacher_head,
-                                             const tensor<std::int32_t, 2>& mask = {},
-                                             const kl_options& o = {}) {
+template <Floating T, Backend B>
+[[nodiscard]] token_loss<T, B> lm_kl_divergence(
+    const pass<T, B>& p, const tensor<T, 3, B>& student,
+    const std::type_identity_t<linear<T, B>>& student_head, const tensor<T, 3, B>& teacher,
+    const std::type_identity_t<linear<T, B>>& teacher_head,
+    const tensor<std::int32_t, 2>& mask = {}, const kl_options& o = {}) {
   detail::check_linear("lm_kl_divergence", student, student_head.weight, student_head.bias);
   detail::check_linear("lm_kl_divergence", teacher, teacher_head.weight, teacher_head.bias);
+  const typename B::scope scope(p.ctx);
+  const detail::divergence_terms<B> terms("lm_kl_divergence", student, teacher, mask, o);
   const index_t vocabulary = std::min(student_head.out_features(), teacher_head.out_features());
-  const detail::divergence_terms<T> terms("lm_kl_divergence", student, teacher, vocabulary, mask,
-                                          o);
-  const index_t batch = student.extent(0), tokens = batch * student.extent(1);
-  const index_t block = detail::logits_block<T>(o.block_tokens, 2 * vocabulary, tokens);
-  // f(begin, end, student tile, teacher tile) for the blocks with tokens that count.
-  const auto for_each_block = [=](const cpu::context& ctx, auto f) {
-    detail::logits_tile<T> s(student, student_head, vocabulary, block);
-    detail::logits_tile<T> q(teacher, teacher_head, vocabulary, block);
+  const index_t tokens = student.extent(0) * student.extent(1);
+  const index_t block = detail::logits_block<T, B>(o.block_tokens, 2 * vocabulary, tokens);
+  // f(begin, end, student's tile, its logits, teacher's tile, its logits) for the blocks with
+  // tokens that count.
+  const auto for_each_block = [=](const typename B::context& ctx, auto f) {
+    detail::logits_tile<T, B> s(student, student_head, vocabulary, block);
+    detail::logits_tile<T, B> q(teacher, teacher_head, vocabulary, block);
     for (index_t begin = 0; begin < tokens; begin += block) {
       const index_t end = std::min(tokens, begin + block);
-      bool any = false;
-      for (index_t t = begin; t < end; ++t)
-        any = any || terms.counts(t);
-      if (!any) continue;
-      s.compute(ctx, begin, end);
-      q.compute(ctx, begin, end);
-      f(begin, end, s, q);
+      if (!terms.any_counts(begin, end)) continue;
+      f(begin, end, s, s.compute(ctx, begin, end), q, q.compute(ctx, begin, end));
     }
   };
-  for_each_block(p.ctx, [&](index_t begin, index_t end, const auto& s, const auto& q) {
-    detail::for_each_row(p.ctx, begin, end, 8 * vocabulary, [&](index_t t) {
-      if (terms.counts(t)) terms.evaluate(t, s.row(t), q.row(t));
-    });
+  for_each_block(p.ctx, [&](index_t begin, index_t end, const auto&, const tensor<T, 2, B>& zs,
+                            const auto&, const tensor<T, 2, B>& zt) {
+    apply_divergence(p.ctx, zs, zt, detail::rows_between(terms.mask, begin, end), terms.temperature,
+                     terms.rows.between(begin, end));
   });
-  const token_loss<T> r = terms.reduce(o, batch);
-  if (p.tape == nullptr || !(detail::wants_any(*p.tape, student, student_head) ||
-                             detail::wants_any(*p.tape, teacher, teacher_head))) {
+  const auto r = terms.template loss<T>(p.ctx);
+  if (!detail::wants_any(p.tape, student, student_head) &&
+      !detail::wants_any(p.tape, teacher, teacher_head)) {
     return r;
   }
-  const double factor = terms.factor(o, r.tokens, batch);
   p.tape->record(r.loss, [=, loss = r.loss, &ctx = p.ctx, tape = p.tape] {
-    const double g = static_cast<double>(tape->gradient(loss)(0)) * factor;
-    const bool student_wanted = detail::wants_any<T>(*tape, student, student_head);
-    const bool teacher_wanted = detail::wants_any<T>(*tape, teacher, teacher_head);
-    const detail::output_tokens<T, 3> ds(tape->gradient(student)), dq(tape->gradient(teacher));
-    for_each_block(ctx, [&](index_t begin, index_t end, const auto& s, const auto& q) {
-      detail::for_each_row(ctx, begin, end, 8 * vocabulary, [&](index_t t) {
-        if (terms.counts(t)) {
-          return terms.template add_gradients<false>(t, s.row(t), q.row(t), g, s.row(t),
-                                                     teacher_wanted ? q.row(t) : nullptr);
-        }
-        std::fill_n(s.row(t), vocabulary, T(0));
-        std::fill_n(q.row(t), vocabulary, T(0));
-      });
-      if (student_wanted) s.add_gradients(ctx, *tape, ds.get().view());
-      if (teacher_wanted) q.add_gradients(ctx, *tape, dq.get().view());
+    const auto weights = terms.weights(tape->gradient(loss));
+    const bool student_wanted = detail::wants_any<T, B>(tape, student, student_head);
+    const bool teacher_wanted = detail::wants_any<T, B>(tape, teacher, teacher_head);
+    const detail::output_tokens<T, 3, B> ds(tape->gradient(student)), dq(tape->gradient(teacher));
+    for_each_block(ctx, [&](index_t begin, index_t end, const auto& s, const tensor<T, 2, B>& zs,
+                            const auto& q, const tensor<T, 2, B>& zt) {
+      const tensor<T, 2, B> absent;
+      apply_divergence_vjp(ctx, zs, zt, detail::rows_between(terms.mask, begin, end),
+                           terms.temperature, terms.rows.between(begin, end),
+                           weights.between(begin, end), student_wanted ? zs : absent,
+                           teacher_wanted ? zt : absent, false);
+      if (student_wanted) s.add_gradients(ctx, *tape, ds.get());
+      if (teacher_wanted) q.add_gradients(ctx, *tape, dq.get());
     });
     ds.finish();
     dq.finish();

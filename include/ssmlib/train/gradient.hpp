@@ -11,9 +11,9 @@
 namespace ssm {
 
 /// A loss before it is divided: what a loss function gives the trainer.
-template <Real T>
+template <Floating T, Backend B = cpu>
 struct loss_sum {
-  tensor<T, 1> sum;   ///< (1), the loss summed over what it counts; recorded on the tape
+  tensor<accum_t<T>, 1, B> sum;  ///< (1), the loss summed over what it counts; recorded on the tape
   index_t count = 0;  ///< tokens (or matrices, pairs, ...) in the sum; masked ones are not
 };
 
@@ -23,11 +23,11 @@ struct loss_sum {
 ///
 /// Rounding: each value is a sum of the same terms in another order, so it differs from the big
 /// batch's by at most 2 n eps times the sum of the terms' magnitudes, n the number of terms.
-template <Real T>
+template <Floating T, Backend B = cpu>
 class gradient_accumulator {
  public:
   /// Starts from zero: drops what the tape has recorded and zeroes its gradients.
-  explicit gradient_accumulator(tape<T>& t) : tape_(t) {
+  explicit gradient_accumulator(tape<T, B>& t) : tape_(t) {
     t.clear();
     t.zero_gradients();
   }
@@ -35,7 +35,7 @@ class gradient_accumulator {
   /// Runs the backward pass of one micro-batch.
   /// @throws shape_error  the sum is not one number.
   /// @throws value_error  the loss depends on nothing that the tape watches, or counts less than 0.
-  void add(const loss_sum<T>& loss) {
+  void add(const loss_sum<T, B>& loss) {
     if (loss.sum.size() != 1) {
       throw shape_error("ssm: gradient_accumulator: the loss is " +
                         to_string<1>(loss.sum.extents()) + ", wanted (1); sum it");
@@ -44,55 +44,68 @@ class gradient_accumulator {
       throw value_error("ssm: gradient_accumulator: the loss counts " + std::to_string(loss.count) +
                         " tokens; wanted >= 0");
     }
-    const tensor<T, 1> seed = tape_.gradient(loss.sum);
+    const tensor<accum_t<T>, 1, B> seed = tape_.gradient(loss.sum);
     if (!seed) {
       throw value_error(
           "ssm: gradient_accumulator: the loss depends on no watched parameter; watch what trains "
           "before the forward pass and give it the tape");
     }
-    sum_ += static_cast<double>(loss.sum(0));
+    sums_.push_back(loss.sum);
     count_ += loss.count;
-    seed.fill(T(1));
+    seed.fill(accum_t<T>(1));
     tape_.backward();
     tape_.clear();
   }
 
   /// What all micro-batches counted.
   [[nodiscard]] index_t count() const { return count_; }
-  /// The loss per counted token; 0 where nothing was counted.
-  [[nodiscard]] double mean_loss() const { return sum_ * scale(); }
+  /// The loss per counted token; 0 where nothing was counted. On CUDA it waits for the losses, in
+  /// the context that is current.
+  [[nodiscard]] double mean_loss() const {
+    double sum = 0;
+    for (const auto& s : sums_)
+      sum += static_cast<double>(detail::on_host(s).data()[0]);
+    return sum * scale();
+  }
   /// What turns the tape's gradients, which are those of the sum, into those of the mean.
   [[nodiscard]] double scale() const {
     return count_ > 0 ? 1.0 / static_cast<double>(count_) : 0.0;
   }
 
  private:
-  tape<T>& tape_;
-  double sum_ = 0;
+  tape<T, B>& tape_;
+  std::vector<tensor<accum_t<T>, 1, B>> sums_;  // of the micro-batches
   index_t count_ = 0;
 };
 
-/// The norm of a list of parameters' gradients as one vector, in double and in an order that does
-/// not depend on the number of threads.
-/// @param scale  multiplies every gradient
-/// @cost one read a value.
-template <Real T>
-[[nodiscard]] double gradient_norm(tape<T>& t, const std::vector<parameter<T>>& parameters,
-                                   double scale = 1.0,
-                                   const cpu::context& ctx = default_context<cpu>()) {
-  std::vector<tensor<T, 1>> gradients;
-  for (const parameter<T>& p : parameters)
-    gradients.push_back(t.gradient(p.value));
-  const detail::parameter_pieces pieces(parameters);
+/// The sum of the squares of all values of a list of tensors, of which any may be absent.
+template <Real R>
+[[nodiscard]] double apply_sum_of_squares(const cpu::context& ctx,
+                                          const std::vector<tensor<R, 1>>& list) {
+  const detail::tensor_pieces pieces(list, [](const tensor<R, 1>& t) { return t.size(); });
   std::vector<double> sums(pieces.pieces().size());
-  pieces.for_each(ctx, [&](std::size_t i, const detail::parameter_pieces::piece& p) {
-    const tensor<T, 1>& g = gradients[p.parameter];
-    if (g) sums[i] = kernels::sum_of_squares_in_double(p.end - p.begin, g.data() + p.begin);
+  pieces.for_each(ctx, [&](std::size_t i, const detail::tensor_pieces::piece& p) {
+    sums[i] = kernels::sum_of_squares_in_double(p.end - p.begin, list[p.tensor].data() + p.begin);
   });
   double sum = 0;
   for (const double s : sums)
     sum += s;
-  return std::abs(scale) * std::sqrt(sum);
+  return sum;
+}
+
+/// The norm of a list of parameters' gradients as one vector, in double and in an order that does
+/// not depend on the number of threads. On CUDA it waits for them.
+/// @param scale  multiplies every gradient
+/// @cost one read a value.
+template <Floating T, Backend B>
+[[nodiscard]] double gradient_norm(tape<T, B>& t, const std::vector<parameter<T, B>>& parameters,
+                                   double scale = 1.0,
+                                   const typename B::context& ctx = default_context<B>()) {
+  const typename B::scope scope(ctx);
+  std::vector<tensor<accum_t<T>, 1, B>> gradients;
+  for (const parameter<T, B>& p : parameters)
+    gradients.push_back(t.gradient(p.value));
+  return std::abs(scale) * std::sqrt(apply_sum_of_squares(ctx, gradients));
 }
 
 /// What a gradient of this norm is multiplied by so that its norm is at most `largest`.
@@ -103,13 +116,13 @@ template <Real T>
 
 /// @throws numeric_error  the norm is not finite; names the step and the first parameter with a
 ///                        gradient that is not.
-template <Real T>
-void require_finite_gradient(double norm, tape<T>& t, const std::vector<parameter<T>>& parameters,
-                             index_t step) {
+template <Floating T, Backend B>
+void require_finite_gradient(double norm, tape<T, B>& t,
+                             const std::vector<parameter<T, B>>& parameters, index_t step) {
   if (std::isfinite(norm)) return;
   const std::string where = "ssm: train: step " + std::to_string(step) + ": ";
-  for (const parameter<T>& p : parameters) {
-    const tensor<T, 1> g = t.gradient(p.value);
+  for (const parameter<T, B>& p : parameters) {
+    const tensor<accum_t<T>, 1> g = detail::on_host(t.gradient(p.value));
     for (index_t i = 0; i < g.size(); ++i) {
       if (!std::isfinite(g(i))) {
         throw numeric_error(where + "the gradient of '" + p.name + "' " + to_string(p.extents) +

@@ -18,11 +18,15 @@ namespace detail {
 /// 1 where a token has a target, 0 where not; absent if all have one.
 [[nodiscard]] tensor<std::int32_t, 2> target_mask(const token_batch& batch);
 /// The head, with its own copy of the parameters if the tape would give these a gradient.
-template <Real T>
-[[nodiscard]] linear<T> unwatched(const linear<T>& head, const tape<T>* t) {
+template <Floating T, Backend B>
+[[nodiscard]] linear<T, B> unwatched(const linear<T, B>& head, const tape<T, B>* t) {
   const bool watched = t != nullptr && (t->wants(head.weight) || t->wants(head.bias));
   return watched ? with_own_parameters(head) : head;
 }
+/// Models that compute in one type on one backend.
+template <class M, class N>
+concept AlikeModels = std::same_as<typename M::value_type, typename N::value_type> &&
+    std::same_as<typename M::backend, typename N::backend>;
 /// @throws value_error  a divisor where the trainer divides.
 void check_sum(const char* operation, const kl_options& options);
 /// @throws shape_error  not as many chosen answers as rejected ones.
@@ -39,12 +43,13 @@ void check_pairs(const char* operation, index_t chosen, index_t rejected);
 /// @param teacher  not recorded: it gets no gradient
 /// @throws value_error  options.divide_by, which the trainer decides.
 template <LanguageModel Teacher, LanguageModel Student>
-requires std::same_as<typename Teacher::value_type, typename Student::value_type>
-[[nodiscard]] loss_sum<typename Student::value_type> distillation_loss(
-    const Teacher& teacher, const Student& student, const pass<typename Student::value_type>& p,
+requires detail::AlikeModels<Teacher, Student>
+[[nodiscard]] loss_sum<typename Student::value_type, typename Student::backend> distillation_loss(
+    const Teacher& teacher, const Student& student,
+    const pass<typename Student::value_type, typename Student::backend>& p,
     const token_batch& batch, const kl_options& options = {}) {
   detail::check_sum("distillation_loss", options);
-  const pass<typename Student::value_type> silent{p.ctx, nullptr, false};
+  const pass<typename Student::value_type, typename Student::backend> silent{p.ctx, nullptr, false};
   kl_options undivided = options;
   undivided.divide_by = 1;
   const auto kl = lm_kl_divergence(p, student.hidden(p, batch.inputs, batch.layout), student.head(),
@@ -56,10 +61,12 @@ requires std::same_as<typename Teacher::value_type, typename Student::value_type
 }
 
 /// A loss_sum over pairs of answers, and how the policy ranks them.
-template <Real T>
-struct preference_loss_sum : loss_sum<T> {
-  double accuracy = 0;     ///< share of the pairs whose chosen answer has the larger reward
-  double mean_margin = 0;  ///< mean over pairs of the chosen reward minus the rejected one
+template <Floating T, Backend B = cpu>
+struct preference_loss_sum : loss_sum<T, B> {
+  pair_ranking<B> ranking;
+
+  [[nodiscard]] double accuracy() const { return ranking.accuracy(); }
+  [[nodiscard]] double mean_margin() const { return ranking.mean_margin(); }
 };
 
 /// Direct preference optimisation of a model on pairs of answers, for train(): the loss of dpo_loss
@@ -69,22 +76,24 @@ struct preference_loss_sum : loss_sum<T> {
 /// @param chosen, rejected  sequence i of one is paired with sequence i of the other
 /// @throws shape_error  other numbers of sequences. @throws value_error  beta is not > 0.
 template <LanguageModel Policy, LanguageModel Reference>
-requires std::same_as<typename Policy::value_type, typename Reference::value_type>
-[[nodiscard]] preference_loss_sum<typename Policy::value_type> dpo_loss(
-    const Policy& policy, const Reference& reference, const pass<typename Policy::value_type>& p,
-    const token_batch& chosen, const token_batch& rejected, double beta = 0.1) {
+requires detail::AlikeModels<Policy, Reference>
+[[nodiscard]] preference_loss_sum<typename Policy::value_type, typename Policy::backend> dpo_loss(
+    const Policy& policy, const Reference& reference,
+    const pass<typename Policy::value_type, typename Policy::backend>& p, const token_batch& chosen,
+    const token_batch& rejected, double beta = 0.1) {
   using T = typename Policy::value_type;
+  using B = typename Policy::backend;
   const index_t pairs = chosen.sequences().sequences();
   detail::check_pairs("dpo_loss", pairs, rejected.sequences().sequences());
-  const auto score = [](const auto& model, const pass<T>& to, const token_batch& b) {
+  const auto score = [](const auto& model, const pass<T, B>& to, const token_batch& b) {
     return sequence_log_probability(to, model.hidden(to, b.inputs, b.layout), model.head(),
                                     b.targets, {}, b.layout);
   };
-  const pass<T> silent{p.ctx, nullptr, false};
-  const dpo_result<T> r =
+  const pass<T, B> silent{p.ctx, nullptr, false};
+  const dpo_result<T, B> r =
       dpo_loss(p, score(policy, p, chosen), score(policy, p, rejected),
                score(reference, silent, chosen), score(reference, silent, rejected), beta);
-  return {{eval(r.loss * static_cast<T>(pairs), p.tape, p.ctx), pairs}, r.accuracy, r.mean_margin};
+  return {{eval(r.loss * static_cast<accum_t<T>>(pairs), p.tape, p.ctx), pairs}, r.ranking};
 }
 
 }  // namespace ssm

@@ -2,6 +2,7 @@
 
 #include <ssmlib/nn/checks.hpp>
 #include <ssmlib/nn/pass.hpp>
+#include <ssmlib/train/token_loss.hpp>
 
 #include <algorithm>
 #include <array>
@@ -10,12 +11,73 @@
 
 namespace ssm {
 
-template <Real T>
-struct dpo_result {
-  tensor<T, 1> loss;       ///< one element, recorded on the pass's tape
-  double accuracy = 0;     ///< share of the pairs whose chosen answer has the larger reward
-  double mean_margin = 0;  ///< mean over pairs of the chosen reward minus the rejected one
+/// How a policy ranks pairs of answers. On CUDA the functions wait for what computes it.
+template <Backend B = cpu>
+struct pair_ranking {
+  detail::late_numbers<B> margins;  ///< (pairs): the chosen reward minus the rejected one
+
+  /// The share of the pairs whose chosen answer has the larger reward.
+  [[nodiscard]] double accuracy() const {
+    return mean([](double margin) { return margin > 0 ? 1.0 : 0.0; });
+  }
+  /// The mean over pairs of the chosen reward minus the rejected one.
+  [[nodiscard]] double mean_margin() const {
+    return mean([](double margin) { return margin; });
+  }
+
+ private:
+  template <class F>
+  [[nodiscard]] double mean(F f) const {
+    const tensor<double, 1> all = margins.read();
+    double sum = 0;
+    for (index_t i = 0; i < all.size(); ++i)
+      sum += f(all(i)) / static_cast<double>(all.size());
+    return sum;
+  }
 };
+
+template <Floating T, Backend B = cpu>
+struct dpo_result {
+  tensor<accum_t<T>, 1, B> loss;  ///< one element, recorded on the pass's tape
+  pair_ranking<B> ranking;
+
+  [[nodiscard]] double accuracy() const { return ranking.accuracy(); }
+  [[nodiscard]] double mean_margin() const { return ranking.mean_margin(); }
+};
+
+/// The log probabilities of pairs of answers: of the chosen and rejected by the policy, then by the
+/// reference.
+template <Real R, Backend B = cpu>
+using answer_scores = std::array<tensor<R, 1, B>, 4>;
+
+/// margins = beta times the difference of the log ratios, loss = the mean of -log sigmoid(margin).
+template <Real R>
+void apply_preference(const cpu::context&, const answer_scores<R>& scores, double beta,
+                      const tensor<double, 1>& margins, const tensor<R, 1>& loss) {
+  double sum = 0;
+  for (index_t i = 0; i < margins.size(); ++i) {
+    const auto ratio = [&](std::size_t policy, std::size_t reference) {
+      return static_cast<double>(scores[policy](i)) - static_cast<double>(scores[reference](i));
+    };
+    const double m = beta * (ratio(0, 2) - ratio(1, 3));
+    sum += std::max(-m, 0.0) + std::log1p(std::exp(-std::abs(m)));
+    margins(i) = m;
+  }
+  loss(0) = static_cast<R>(sum / static_cast<double>(std::max<index_t>(1, margins.size())));
+}
+/// Adds to the gradients of the scores, of which any may be absent. @param d_loss  (1)
+template <Real R>
+void apply_preference_vjp(const cpu::context&, double beta, const tensor<double, 1>& margins,
+                          const tensor<R, 1>& d_loss, const answer_scores<R>& d_scores) {
+  const index_t pairs = margins.size();
+  const double g =
+      static_cast<double>(d_loss(0)) / static_cast<double>(std::max<index_t>(1, pairs));
+  constexpr std::array<double, 4> signs{1, -1, -1, 1};
+  for (std::size_t k = 0; k < d_scores.size(); ++k) {
+    for (index_t i = 0; d_scores[k] && i < pairs; ++i)
+      d_scores[k](i) -= static_cast<R>(signs[k] * g * beta / (1 + std::exp(margins(i))));
+  }
+}
 
 /// Direct preference optimisation: the mean over pairs of
 ///
@@ -27,51 +89,36 @@ struct dpo_result {
 /// @param beta                > 0: how far the policy may go from the reference
 /// @throws shape_error  the numbers of pairs differ. @throws value_error  beta is not > 0.
 /// @source Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
-template <Real T>
-[[nodiscard]] dpo_result<T> dpo_loss(const pass<T>& p, const tensor<T, 1>& policy_chosen,
-                                     const tensor<T, 1>& policy_rejected,
-                                     const tensor<T, 1>& reference_chosen,
-                                     const tensor<T, 1>& reference_rejected, double beta) {
-  const std::array<tensor<T, 1>, 4> inputs{policy_chosen, policy_rejected, reference_chosen,
-                                           reference_rejected};
-  for (const auto& other : inputs) {
+template <Floating T, Backend B>
+[[nodiscard]] dpo_result<T, B> dpo_loss(const pass<T, B>& p,
+                                        const tensor<accum_t<T>, 1, B>& policy_chosen,
+                                        const tensor<accum_t<T>, 1, B>& policy_rejected,
+                                        const tensor<accum_t<T>, 1, B>& reference_chosen,
+                                        const tensor<accum_t<T>, 1, B>& reference_rejected,
+                                        double beta) {
+  const answer_scores<accum_t<T>, B> scores{policy_chosen, policy_rejected, reference_chosen,
+                                            reference_rejected};
+  for (const auto& other : scores) {
     detail::check_same_shape("dpo_loss", "policy_chosen", policy_chosen, "another argument", other);
   }
   if (!(beta > 0)) {
     throw value_error("ssm: dpo_loss: beta is " + std::to_string(beta) +
                       "; wanted a positive number");
   }
-  const index_t pairs = policy_chosen.extent(0);
-  const double n = static_cast<double>(std::max<index_t>(1, pairs));
-  // beta times the difference of the log ratios.
-  const auto margin = [inputs, beta](index_t i) {
-    const auto ratio = [&](std::size_t policy, std::size_t reference) {
-      return static_cast<double>(inputs[policy](i)) - static_cast<double>(inputs[reference](i));
-    };
-    return beta * (ratio(0, 2) - ratio(1, 3));
-  };
-  dpo_result<T> r;
-  double sum = 0;
-  for (index_t i = 0; i < pairs; ++i) {
-    const double m = margin(i);
-    sum += std::max(-m, 0.0) + std::log1p(std::exp(-std::abs(m)));
-    r.accuracy += (m > 0 ? 1 : 0) / n;
-    r.mean_margin += m / n;
-  }
-  r.loss = tensor<T, 1>::full({1}, static_cast<T>(sum / n));
-  bool wanted = false;
-  for (const auto& t : inputs)
-    wanted = wanted || (p.tape != nullptr && p.tape->wants(t));
+  const typename B::scope scope(p.ctx);
+  const tensor<double, 1, B> margins(policy_chosen.extent(0));
+  const tensor<accum_t<T>, 1, B> loss(1);
+  apply_preference(p.ctx, scores, beta, margins, loss);
+  const dpo_result<T, B> r{loss, {detail::late_numbers<B>(margins)}};
+  const bool wanted =
+      p.tape != nullptr &&
+      std::any_of(scores.begin(), scores.end(), [&](const auto& s) { return p.tape->wants(s); });
   if (!wanted) return r;
-  p.tape->record(r.loss, [=, loss = r.loss, tape = p.tape] {
-    const double g = static_cast<double>(tape->gradient(loss)(0)) / n;
-    constexpr std::array<double, 4> signs{1, -1, -1, 1};
-    for (std::size_t k = 0; k < inputs.size(); ++k) {
-      const tensor<T, 1> d = tape->gradient(inputs[k]);
-      for (index_t i = 0; d && i < pairs; ++i) {
-        d(i) -= static_cast<T>(signs[k] * g * beta / (1 + std::exp(margin(i))));
-      }
-    }
+  p.tape->record(loss, [=, &ctx = p.ctx, tape = p.tape] {
+    answer_scores<accum_t<T>, B> gradients;
+    for (std::size_t k = 0; k < scores.size(); ++k)
+      gradients[k] = tape->gradient(scores[k]);
+    apply_preference_vjp(ctx, beta, margins, tape->gradient(loss), gradients);
   });
   return r;
 }

@@ -47,13 +47,13 @@ struct any_of_patterns {
 };
 
 /// Which parameters of a model train and which are frozen, in the model's order.
-template <Real T>
+template <Floating T, Backend B = cpu>
 struct parameter_selection {
-  std::vector<parameter<T>> trained, frozen;
+  std::vector<parameter<T, B>> trained, frozen;
 
   /// Makes the tape want the gradients of the trained parameters and of no frozen one, so that
   /// nothing is computed or kept for those.
-  void watch(tape<T>& t) const {
+  void watch(tape<T, B>& t) const {
     for (const auto& p : frozen)
       t.unwatch(p.value);
     for (const auto& p : trained)
@@ -63,11 +63,11 @@ struct parameter_selection {
 
 /// Splits a model's parameters by a predicate on their names.
 /// @throws value_error  the predicate selects none of them.
-template <Real T, std::predicate<std::string_view> F>
-[[nodiscard]] parameter_selection<T> select_parameters(const std::vector<parameter<T>>& all,
-                                                       F trains) {
-  parameter_selection<T> selection;
-  for (const parameter<T>& p : all)
+template <Floating T, Backend B, std::predicate<std::string_view> F>
+[[nodiscard]] parameter_selection<T, B> select_parameters(const std::vector<parameter<T, B>>& all,
+                                                          F trains) {
+  parameter_selection<T, B> selection;
+  for (const parameter<T, B>& p : all)
     (trains(std::string_view(p.name)) ? selection.trained : selection.frozen).push_back(p);
   if (selection.trained.empty()) {
     throw value_error(
@@ -147,8 +147,8 @@ struct numbered_name {
 ///     frozen
 ///       embedding.weight                1   65536      -
 ///     96 of 65632 values train (0.1 %)
-template <Real T>
-[[nodiscard]] std::string to_string(const parameter_selection<T>& selection) {
+template <Floating T, Backend B>
+[[nodiscard]] std::string to_string(const parameter_selection<T, B>& selection) {
   struct group {
     std::string before, after;
     std::vector<index_t> numbers;
@@ -156,12 +156,13 @@ template <Real T>
     bool decays = false;
   };
   std::vector<std::vector<std::string>> rows{{"parameter", "tensors", "values", "decay"}};
-  const auto add = [&rows](const char* title, const std::vector<parameter<T>>& list, bool trained) {
+  const auto add = [&rows](const char* title, const std::vector<parameter<T, B>>& list,
+                           bool trained) {
     if (list.empty()) return;
     rows.push_back({title});
     std::vector<group> groups;
     std::map<std::string, std::size_t> found;
-    for (const parameter<T>& p : list) {
+    for (const parameter<T, B>& p : list) {
       const detail::numbered_name name(p.name);
       const std::string key =
           name.before + (name.number < 0 ? '=' : '#') + name.after + (p.decays() ? '1' : '0');

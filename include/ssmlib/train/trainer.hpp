@@ -23,11 +23,11 @@ concept Loader = requires(L& loader, index_t n) {
   { loader.sequence_length() } -> std::convertible_to<index_t>;
 };
 
-/// Sums a loss over a batch: loss_sum<T> f(const pass<T>&, const batch&). It records on the pass's
-/// tape and counts what it sums.
-template <class F, class T, class L>
-concept LossFunction = requires(F& f, L& loader, const pass<T>& p) {
-  { f(p, loader.next(index_t{1})) } -> std::convertible_to<loss_sum<T>>;
+/// Sums a loss over a batch: loss_sum<T, B> f(const pass<T, B>&, const batch&). It records on the
+/// pass's tape and counts what it sums.
+template <class F, class T, class B, class L>
+concept LossFunction = requires(F& f, L& loader, const pass<T, B>& p) {
+  { f(p, loader.next(index_t{1})) } -> std::convertible_to<loss_sum<T, B>>;
 };
 
 struct training_options {
@@ -77,25 +77,27 @@ inline index_t batch_sequences(const training_options& o, index_t sequence_lengt
   return o.tokens_per_step / sequence_length;
 }
 
-template <Real T, class L, class F>
-[[nodiscard]] step_info train_step(adamw<T>& optimizer, L& loader, F& loss,
-                                   const training_options& options, const pass<T>& p) {
-  tape<T>& t = *p.tape;
+template <Floating T, Backend B, class L, class F>
+[[nodiscard]] step_info train_step(adamw<T, B>& optimizer, L& loader, F& loss,
+                                   const training_options& options, const pass<T, B>& p) {
+  tape<T, B>& t = *p.tape;
   const index_t step = optimizer.steps();
   const index_t sequences = batch_sequences(options, loader.sequence_length());
   const index_t at_once = options.micro_batch > 0 ? options.micro_batch : sequences;
-  gradient_accumulator<T> sum(t);
+  gradient_accumulator<T, B> sum(t);
   for (index_t done = 0; done < sequences; done += at_once)
     sum.add(loss(p, loader.next(std::min(at_once, sequences - done))));
-  if (!std::isfinite(sum.mean_loss())) {
-    throw numeric_error("ssm: train: step " + std::to_string(step) + ": the loss is " +
-                        std::to_string(sum.mean_loss()) + "; lower the learning rate");
-  }
+  // The norm first: on CUDA it is what waits for the step, and then the loss is there.
   const double norm = gradient_norm(t, optimizer.parameters(), sum.scale(), p.ctx);
+  const double mean_loss = sum.mean_loss();
+  if (!std::isfinite(mean_loss)) {
+    throw numeric_error("ssm: train: step " + std::to_string(step) + ": the loss is " +
+                        std::to_string(mean_loss) + "; lower the learning rate");
+  }
   require_finite_gradient(norm, t, optimizer.parameters(), step);
   const double rate = options.learning_rate * options.schedule(step);
   optimizer.step(t, rate, sum.scale() * clip_factor(norm, options.clip), p.ctx);
-  return {step, sum.mean_loss(), rate, norm, sum.count(), 0.0};
+  return {step, mean_loss, rate, norm, sum.count(), 0.0};
 }
 
 }  // namespace detail
@@ -118,15 +120,16 @@ template <Real T, class L, class F>
 ///                        parameter. Parameters and moments are those of the step before, and so is
 ///                        the loader's state, after this and any other exception.
 /// @throws value_error    options out of range.
-template <Real T, Loader L, LossFunction<T, L> F>
-index_t train(adamw<T>& optimizer, L& loader, F&& loss, const training_options& options,
+template <Floating T, Backend B, Loader L, LossFunction<T, B, L> F>
+index_t train(adamw<T, B>& optimizer, L& loader, F&& loss, const training_options& options,
               const training_callbacks& callbacks = {},
-              const cpu::context& ctx = default_context<cpu>()) {
+              const typename B::context& ctx = default_context<B>()) {
   (void)detail::batch_sequences(options, loader.sequence_length());
-  tape<T> t;
-  for (const parameter<T>& p : optimizer.parameters())
+  const typename B::scope scope(ctx);
+  tape<T, B> t;
+  for (const parameter<T, B>& p : optimizer.parameters())
     t.watch(p.value);
-  const pass<T> p{.ctx = ctx, .tape = &t};
+  const pass<T, B> p{.ctx = ctx, .tape = &t};
   while (optimizer.steps() < options.steps) {
     if (callbacks.should_stop && callbacks.should_stop()) break;
     const auto start = std::chrono::steady_clock::now();

@@ -52,7 +52,7 @@ SSMLIB_DEVICE value_and_slope<R> silu_and_slope(R x) {
 
 /// log(1 + e^x); beyond 20 that is x, the threshold of the published models.
 SSMLIB_DEVICE double softplus(double x) {
-  return x > 20.0 ? x : log1p(exp(x));
+  return x > 20.0 ? x : ::log1p(::exp(x));
 }
 /// max(x, 0) + log1p(e), e = exp(-|x|) in (0, 1]: a polynomial, because log2 of a number near 1 has
 /// lost the bits of small steps. Relative error 4e-7.

@@ -22,9 +22,9 @@ enum class conv1d_activation { none, silu };
 
 template <class T>
 struct conv1d_problem {
-  view<const T, 2> x;       ///< (tokens, channels), unit inner stride
-  view<const T, 2> weight;  ///< (channels, width)
-  const T* bias = nullptr;  ///< (channels), or absent
+  view<const T, 2> x;                ///< (tokens, channels), unit inner stride
+  view<const accum_t<T>, 2> weight;  ///< (channels, width)
+  const accum_t<T>* bias = nullptr;  ///< (channels), or absent
   conv1d_activation activation = conv1d_activation::silu;
   view<const T, 3> initial{};  ///< (sequences, width - 1, channels), oldest first; absent: zeros
   const index_t* offsets = nullptr;  ///< sequences + 1 tokens, on the device; null: rectangular
@@ -54,6 +54,17 @@ struct conv1d_gradients {
 template <class T>
 void conv1d_forward(cudaStream_t stream, const conv1d_problem<T>& p, view<T, 2> y,
                     view<T, 3> final);
+
+/// `final` alone; of x no more than the rows that it takes is read.
+template <class T>
+void conv1d_final(cudaStream_t stream, const conv1d_problem<T>& p, view<T, 3> final);
+
+/// Adds the gradient of the final inputs to those of the tokens and of the initial state that they
+/// were; absent ones are left out. Only the sequences of the problem are read.
+/// @throws shape_error  the sizes do not fit.
+template <class T>
+void conv1d_final_vjp(cudaStream_t stream, const conv1d_problem<T>& p, view<const T, 3> d_final,
+                      view<T, 2> dx, view<T, 3> d_initial);
 
 template <class T>
 [[nodiscard]] std::size_t conv1d_backward_workspace_bytes(const conv1d_problem<T>& p);

@@ -18,11 +18,11 @@ enum class gate_order { none, norm_first, gate_first };
 
 template <class T>
 struct rms_norm_problem {
-  view<const T, 2> x;       ///< (tokens, width), unit inner stride
-  view<const T, 2> gate{};  ///< (tokens, width), or absent
-  const T* weight;          ///< (width), or (group) for all groups
-  index_t group;            ///< features that are normalised together; divides the width
-  index_t weight_step;      ///< group, or 0 where the groups share the weight
+  view<const T, 2> x;        ///< (tokens, width), unit inner stride
+  view<const T, 2> gate{};   ///< (tokens, width), or absent
+  const accum_t<T>* weight;  ///< (width), or (group) for all groups
+  index_t group;             ///< features that are normalised together; divides the width
+  index_t weight_step;       ///< group, or 0 where the groups share the weight
   accum_t<T> eps;
 };
 
@@ -36,9 +36,9 @@ struct rms_norm_gradients {
 
 template <class T>
 struct layer_norm_problem {
-  view<const T, 2> x;       ///< (tokens, width), unit inner stride
-  const T* weight;          ///< (width)
-  const T* bias = nullptr;  ///< (width), or absent
+  view<const T, 2> x;                ///< (tokens, width), unit inner stride
+  const accum_t<T>* weight;          ///< (width)
+  const accum_t<T>* bias = nullptr;  ///< (width), or absent
   accum_t<T> eps;
 };
 

@@ -58,8 +58,8 @@ struct adamw_step {
 };
 
 /// m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2,
-/// w = keep w - rate m / (root_factor sqrt(v) + epsilon); g is scaled first. The results are those
-/// of the CPU's kernel, bit for bit. Nothing changes if the scale is not finite.
+/// w = keep w - rate m / (root_factor sqrt(v) + epsilon); g is scaled first. Every operation
+/// rounds as the CPU's with fused multiply-adds does. Nothing changes if the scale is not finite.
 /// @param gradient_scale  one number on the device, or null: 1
 /// @cost  4 reads and 3 writes a value.
 template <Real R>

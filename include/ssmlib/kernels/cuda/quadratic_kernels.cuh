@@ -76,7 +76,7 @@ SSMLIB_DEVICE void add_quadratic_head(
 }
 
 template <class T, quadratic_result Result>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 2)
     quadratic_kernel(const __grid_constant__ quadratic_parameters<T> p) {
   using A = accum_t<T>;
   using tiles = quadratic_tile<A>;

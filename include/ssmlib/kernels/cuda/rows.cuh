@@ -44,11 +44,20 @@ SSMLIB_DEVICE void write_row(const view<T, 2>& y, index_t row, index_t column, i
     for (int e = 0; e < Count; ++e)
       x.v[e] += old.v[e];
   }
+  T* to = y.data + row * y.strides[0] + column;
+  if constexpr (std::is_same_v<T, bf16> && Count == 8) {
+    // A compiler that sees numbers of 16 bits here stores them one by one.
+    if (valid == Count) {
+      *reinterpret_cast<uint4*>(to) = {pack_bf16(x.v[0], x.v[1]), pack_bf16(x.v[2], x.v[3]),
+                                       pack_bf16(x.v[4], x.v[5]), pack_bf16(x.v[6], x.v[7])};
+      return;
+    }
+  }
   numbers<T, Count> words;
 #pragma unroll
   for (int e = 0; e < Count; ++e)
     words.v[e] = narrow<T>(x.v[e]);
-  store_numbers<Count>(y.data + row * y.strides[0] + column, words, valid, true);
+  store_numbers<Count>(to, words, valid, true);
 }
 
 template <int Count, class F>

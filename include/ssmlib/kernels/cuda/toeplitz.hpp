@@ -41,7 +41,8 @@ struct toeplitz_problem {
   index_t sequences = 0;
   index_t max_length = 0;  ///< tokens of the longest sequence, at least
   /// The numbers of `offsets` where the host can read them, or null. With them a sequence gets
-  /// transforms of its own size; without, all get transforms of max_length.
+  /// transforms of its own size, with plans for each size and count; without, all get transforms of
+  /// max_length.
   const index_t* host_offsets = nullptr;
   toeplitz_path path = toeplitz_path::automatic;
 };

@@ -1,189 +1,16 @@
 #pragma once
 
-#include <ssmlib/backend/cuda_error.hpp>
 #include <ssmlib/base/compiled.hpp>
-#include <ssmlib/base/error.hpp>
-#include <ssmlib/kernels/cuda/activation.cuh>
-#include <ssmlib/kernels/cuda/conv1d.hpp>
-
-#include <algorithm>
-#include <string>
+#include <ssmlib/kernels/cuda/conv1d_parts.cuh>
 
 /// @file
-/// A thread owns Vector neighbouring channels and walks a run of tokens with the last inputs in
-/// registers, so that memory is read once; rows are fetched several at a time. Backward it carries
-/// the gradients of the last inputs instead, complete after `width` tokens, and the sums for weight
-/// and bias; four runs are added up in a block, blocks by a second kernel.
+/// As forward, a thread walks a run of tokens, but carries the gradients of the last inputs,
+/// complete after `width` tokens, and the sums for weight and bias; four runs are added up in a
+/// block, blocks by a second kernel.
 
 namespace ssm::kernels::cuda {
 
 namespace detail {
-
-template <class T>
-struct conv1d_targets {
-  view<T, 2> y{};         // forward
-  view<const T, 2> dy{};  // backward
-  view<const T, 3> d_final{};
-  view<T, 2> dx{};
-  view<T, 3> d_initial{};
-  accum_t<T>* parts = nullptr;  // (blocks of runs, width + 1, channels)
-  index_t run = 0, runs = 0;    // tokens of a run, and how many runs
-  bool add = false;
-};
-
-/// A sequence and its tokens.
-struct sequence_range {
-  index_t sequence, begin, end;
-};
-
-template <class T>
-SSMLIB_DEVICE sequence_range sequence_at(const conv1d_problem<T>& p, index_t sequence) {
-  if (p.offsets) return {sequence, p.offsets[sequence], p.offsets[sequence + 1]};
-  return {sequence, sequence * p.max_length, (sequence + 1) * p.max_length};
-}
-/// The sequence of token t.
-template <class T>
-SSMLIB_DEVICE sequence_range sequence_of(const conv1d_problem<T>& p, index_t t) {
-  if (!p.offsets) return sequence_at(p, t / p.max_length);
-  index_t low = 0, high = p.sequences - 1;  // the last one that begins at or before t
-  while (low < high) {
-    const index_t middle = (low + high + 1) / 2;
-    if (p.offsets[middle] <= t) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return sequence_at(p, low);
-}
-/// The next sequence that has tokens.
-template <class T>
-SSMLIB_DEVICE sequence_range sequence_after(const conv1d_problem<T>& p, sequence_range s) {
-  do {
-    s = sequence_at(p, s.sequence + 1);
-  } while (s.begin == s.end);
-  return s;
-}
-
-template <class T, int Vector>
-using channel_row = numbers<accum_t<T>, Vector>;
-
-template <int Vector, class T>
-SSMLIB_DEVICE channel_row<T, Vector> load_channels(const T* p) {
-  const auto raw = *reinterpret_cast<const packed_t<T, Vector>*>(p);
-  if constexpr (Vector == 1) {
-    return {widen(raw.v[0])};
-  } else {
-    return widen(raw);
-  }
-}
-template <int Vector, class T>
-SSMLIB_DEVICE void store_channels(T* p, const channel_row<T, Vector>& x) {
-  numbers<T, Vector> r;
-#pragma unroll
-  for (int e = 0; e < Vector; ++e)
-    r.v[e] = narrow<T>(x.v[e]);
-  *reinterpret_cast<numbers<T, Vector>*>(p) = r;
-}
-
-/// The input of token t of a sequence, which may lie before it.
-template <int Vector, class T>
-SSMLIB_DEVICE channel_row<T, Vector> conv1d_input(const conv1d_problem<T>& p,
-                                                  const sequence_range& s, index_t t, index_t c) {
-  if (t >= s.begin) return load_channels<Vector>(p.x.data + t * p.x.strides[0] + c);
-  if (p.initial.data == nullptr) return {};
-  const index_t row = p.initial.extents[1] + (t - s.begin);
-  return load_channels<Vector>(p.initial.data + s.sequence * p.initial.strides[0] +
-                               row * p.initial.strides[1] + c);
-}
-
-template <class T, int Width, int Vector>
-struct conv1d_weights {
-  using R = accum_t<T>;
-  R tap[Width][Vector], bias[Vector];
-
-  SSMLIB_DEVICE conv1d_weights(const conv1d_problem<T>& p, index_t c) {
-#pragma unroll
-    for (int e = 0; e < Vector; ++e) {
-      bias[e] = p.bias ? R(widen(p.bias[c + e])) : R(0);
-#pragma unroll
-      for (int j = 0; j < Width; ++j)
-        tap[j][e] = widen(p.weight.data[(c + e) * p.weight.strides[0] + j * p.weight.strides[1]]);
-    }
-  }
-  /// before[k] is the input k + 1 tokens back.
-  SSMLIB_DEVICE R sum(const channel_row<T, Vector> (&before)[Width - 1],
-                      const channel_row<T, Vector>& now, int e) const {
-    R x = bias[e];
-#pragma unroll
-    for (int j = 0; j < Width - 1; ++j)
-      x = fma(tap[j][e], before[Width - 2 - j].v[e], x);
-    return fma(tap[Width - 1][e], now.v[e], x);
-  }
-};
-
-template <int Width, class T, int Vector>
-SSMLIB_DEVICE void push_row(channel_row<T, Vector> (&before)[Width - 1],
-                            const channel_row<T, Vector>& now) {
-#pragma unroll
-  for (int k = Width - 2; k > 0; --k)
-    before[k] = before[k - 1];
-  before[0] = now;
-}
-
-template <class T, int Width, int Vector, conv1d_activation Activation>
-__global__ void __launch_bounds__(128)
-    conv1d_forward_kernel(const __grid_constant__ conv1d_problem<T> p,
-                          const __grid_constant__ conv1d_targets<T> to) {
-  using row = channel_row<T, Vector>;
-  constexpr int batch = 8;
-  const index_t columns = (p.x.extents[1] / Vector + 127) / 128;
-  const index_t c = (index_t{blockIdx.x} % columns * 128 + threadIdx.x) * Vector;
-  if (c >= p.x.extents[1]) return;
-  const index_t tokens = p.x.extents[0], t0 = index_t{blockIdx.x} / columns * to.run;
-  const index_t t1 = min(t0 + to.run, tokens);
-  sequence_range s = sequence_of(p, t0);
-  const conv1d_weights<T, Width, Vector> w(p, c);
-  row before[Width - 1];
-#pragma unroll
-  for (int k = 0; k < Width - 1; ++k)
-    before[k] = conv1d_input<Vector>(p, s, t0 - 1 - k, c);
-  const T* x = p.x.data + t0 * p.x.strides[0] + c;
-  T* y = to.y.data + t0 * to.y.strides[0] + c;
-  for (index_t t = t0; t < t1; t += batch) {
-    packed_t<T, Vector> raw[batch];
-#pragma unroll
-    for (int k = 0; k < batch; ++k) {
-      raw[k] = {};
-      if (t + k < t1) raw[k] = *reinterpret_cast<const packed_t<T, Vector>*>(x);
-      x += p.x.strides[0];
-    }
-#pragma unroll
-    for (int k = 0; k < batch; ++k) {
-      if (t + k >= t1) break;
-      if (t + k == s.end) {
-        s = sequence_after(p, s);
-#pragma unroll
-        for (int i = 0; i < Width - 1; ++i)
-          before[i] = conv1d_input<Vector>(p, s, t + k - 1 - i, c);
-      }
-      row now, out;
-      if constexpr (Vector == 1) {
-        now = {widen(raw[k].v[0])};
-      } else {
-        now = widen(raw[k]);
-      }
-#pragma unroll
-      for (int e = 0; e < Vector; ++e) {
-        out.v[e] = w.sum(before, now, e);
-        if constexpr (Activation == conv1d_activation::silu) out.v[e] = silu(out.v[e]);
-      }
-      store_channels<Vector>(y, out);
-      y += to.y.strides[0];
-      push_row<Width, T, Vector>(before, now);
-    }
-  }
-}
 
 /// The backward pass of one thread.
 template <class T, int Width, int Vector, conv1d_activation Activation>
@@ -368,36 +195,12 @@ __global__ void conv1d_sum_kernel(const R* parts, index_t count, index_t channel
   *to = add ? *to + sum : sum;
 }
 
-/// Any width, a thread an element.
-template <class T>
-SSMLIB_DEVICE accum_t<T> conv1d_sum_any(const conv1d_problem<T>& p, const sequence_range& s,
-                                        index_t t, index_t c) {
-  using R = accum_t<T>;
-  const index_t width = p.weight.extents[1];
-  R x = p.bias ? R(widen(p.bias[c])) : R(0);
-  for (index_t j = 0; j < width; ++j) {
-    x = fma(R(widen(p.weight.data[c * p.weight.strides[0] + j * p.weight.strides[1]])),
-            conv1d_input<1>(p, s, t - (width - 1) + j, c).v[0], x);
-  }
-  return x;
-}
 template <class T>
 SSMLIB_DEVICE accum_t<T> conv1d_slope_any(const conv1d_problem<T>& p, const view<const T, 2>& dy,
                                           const sequence_range& s, index_t t, index_t c) {
   const accum_t<T> d = widen(dy.data[t * dy.strides[0] + c]);
   if (p.activation == conv1d_activation::none) return d;
   return d * silu_and_slope(conv1d_sum_any(p, s, t, c)).slope;
-}
-
-template <class T>
-__global__ void conv1d_forward_any_kernel(const __grid_constant__ conv1d_problem<T> p,
-                                          view<T, 2> y) {
-  const index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x, channels = p.x.extents[1];
-  if (i >= p.x.extents[0] * channels) return;
-  const index_t t = i / channels, c = i % channels;
-  const auto pre = conv1d_sum_any(p, sequence_of(p, t), t, c);
-  y.data[t * y.strides[0] + c] =
-      narrow<T>(p.activation == conv1d_activation::silu ? silu(pre) : pre);
 }
 
 /// Gradients of token t, or for t < 0 of row t of the initial states.
@@ -429,7 +232,7 @@ __global__ void conv1d_inputs_any_kernel(const __grid_constant__ conv1d_problem<
   R sum = R(0);
   for (index_t k = max(t, s.begin); k < min(t + width, s.end); ++k) {
     const R tap =
-        widen(p.weight.data[c * p.weight.strides[0] + (width - 1 - (k - t)) * p.weight.strides[1]]);
+        p.weight.data[c * p.weight.strides[0] + (width - 1 - (k - t)) * p.weight.strides[1]];
     sum = fma(tap, conv1d_slope_any(p, to.dy, s, k, c), sum);
   }
   if (to.d_final.data && t >= s.end - (width - 1)) {
@@ -459,20 +262,6 @@ __global__ void conv1d_weights_any_kernel(const __grid_constant__ conv1d_problem
   to.parts[i] = sum;
 }
 
-/// Row r of `final` becomes the input `rows - r` tokens before the end of its sequence. Upwards, so
-/// that it may be the initial state.
-template <class T>
-__global__ void conv1d_final_kernel(const __grid_constant__ conv1d_problem<T> p, view<T, 3> final) {
-  const index_t i = index_t{blockIdx.x} * blockDim.x + threadIdx.x, channels = p.x.extents[1];
-  if (i >= p.sequences * channels) return;
-  const index_t c = i % channels, rows = final.extents[1];
-  const sequence_range s = sequence_at(p, i / channels);
-  for (index_t r = 0; r < rows; ++r) {
-    final.data[s.sequence * final.strides[0] + r * final.strides[1] + c] =
-        narrow<T>(conv1d_input<1>(p, s, s.end - rows + r, c).v[0]);
-  }
-}
-
 /// d_initial of sequences without tokens: d_final.
 template <class T>
 __global__ void conv1d_empty_kernel(const __grid_constant__ conv1d_problem<T> p,
@@ -495,116 +284,7 @@ __global__ void conv1d_empty_kernel(const __grid_constant__ conv1d_problem<T> p,
   }
 }
 
-template <class T>
-void check_conv1d(const char* name, const conv1d_problem<T>& p, const shape<2>& rows) {
-  const auto fail = [&](const std::string& what) {
-    throw shape_error("ssm: " + std::string(name) + ": " + what);
-  };
-  if (p.weight.extents[0] != p.channels() || p.width() < 1) {
-    fail("x is " + to_string<2>(p.x.extents) + " and the weight " + to_string<2>(p.weight.extents) +
-         "; wanted a row of at least one tap for each channel");
-  }
-  if (rows != p.x.extents) {
-    fail("x is " + to_string<2>(p.x.extents) + " and the other rows " + to_string<2>(rows) +
-         "; wanted equal sizes");
-  }
-  if (p.x.strides[1] != 1 && p.channels() > 1) {
-    fail("the channels of x are " + std::to_string(p.x.strides[1]) + " apart; wanted neighbours");
-  }
-  if (p.offsets == nullptr && p.sequences * p.max_length != p.tokens()) {
-    fail(std::to_string(p.sequences) + " sequences of " + std::to_string(p.max_length) +
-         " tokens; wanted " + std::to_string(p.tokens()) + " tokens in all");
-  }
-}
-
-/// Tokens of a run: enough runs for every multiprocessor, few enough to read little twice.
-inline index_t conv1d_run(index_t tokens, index_t threads_a_token) {
-  const index_t wanted = std::max<index_t>(1, 320000 / std::max<index_t>(threads_a_token, 1));
-  return std::clamp<index_t>(tokens / wanted / 8 * 8, 8, 64);
-}
-
-[[nodiscard]] inline unsigned conv1d_grid(index_t blocks) {
-  if (blocks > 0x7fffffff) {
-    throw shape_error("ssm: causal conv1d: " + std::to_string(blocks) +
-                      " blocks of work; wanted at most 2147483647: split the batch");
-  }
-  return static_cast<unsigned>(blocks);
-}
-
-/// f.operator()<Width, Vector, Activation>() for the usual widths.
-template <class T, class F>
-void with_conv1d_kernel(index_t width, bool aligned, conv1d_activation activation, F f) {
-  const auto with_activation = [&]<int Width, int Vector>() {
-    if (activation == conv1d_activation::silu) {
-      f.template operator()<Width, Vector, conv1d_activation::silu>();
-    } else {
-      f.template operator()<Width, Vector, conv1d_activation::none>();
-    }
-  };
-  constexpr int vector = sizeof(T) == 8 ? 2 : 4;
-  const auto with_vector = [&]<int Width>() {
-    if (aligned) {
-      with_activation.template operator()<Width, vector>();
-    } else {
-      with_activation.template operator()<Width, 1>();
-    }
-  };
-  switch (width) {
-    case 2:
-      return with_vector.template operator()<2>();
-    case 3:
-      return with_vector.template operator()<3>();
-    default:
-      return with_vector.template operator()<4>();
-  }
-}
-inline bool usual_width(index_t width) {
-  return width >= 2 && width <= 4;
-}
-
-template <class T, int R>
-[[nodiscard]] bool conv1d_rows_aligned(const view<T, R>& v) {
-  constexpr int vector = sizeof(T) == 8 ? 2 : 4;
-  if (v.data == nullptr) return true;
-  for (int d = 0; d + 1 < R; ++d)
-    if (!rows_are_aligned(v.data, v.strides[d], vector)) return false;
-  return true;
-}
-
 }  // namespace detail
-
-template <class T>
-void conv1d_forward(cudaStream_t stream, const conv1d_problem<T>& p, view<T, 2> y,
-                    view<T, 3> final) {
-  detail::check_conv1d("conv1d_forward", p, y.extents);
-  const index_t tokens = p.tokens(), channels = p.channels();
-  if (tokens * channels > 0 && !detail::usual_width(p.width())) {
-    detail::conv1d_forward_any_kernel<T>
-        <<<detail::conv1d_grid((tokens * channels + 255) / 256), 256, 0, stream>>>(p, y);
-    SSMLIB_CHECK_CUDA(cudaGetLastError());
-  } else if (tokens * channels > 0) {
-    constexpr int vector = sizeof(T) == 8 ? 2 : 4;
-    const bool aligned = channels % vector == 0 && detail::conv1d_rows_aligned(p.x) &&
-                         detail::conv1d_rows_aligned(y) && detail::conv1d_rows_aligned(p.initial);
-    detail::with_conv1d_kernel<T>(
-        p.width(), aligned, p.activation,
-        [&]<int Width, int Vector, conv1d_activation Activation>() {
-          detail::conv1d_targets<T> to;
-          to.y = y;
-          to.run = round_up(detail::conv1d_run(tokens, channels / Vector) / 2, 8);
-          const index_t columns = (channels / Vector + 127) / 128;
-          const index_t runs = (tokens + to.run - 1) / to.run;
-          detail::conv1d_forward_kernel<T, Width, Vector, Activation>
-              <<<detail::conv1d_grid(columns * runs), 128, 0, stream>>>(p, to);
-          SSMLIB_CHECK_CUDA(cudaGetLastError());
-        });
-  }
-  if (final.data && p.sequences * channels * (p.width() - 1) > 0) {
-    detail::conv1d_final_kernel<T>
-        <<<detail::conv1d_grid((p.sequences * channels + 127) / 128), 128, 0, stream>>>(p, final);
-    SSMLIB_CHECK_CUDA(cudaGetLastError());
-  }
-}
 
 template <class T>
 std::size_t conv1d_backward_workspace_bytes(const conv1d_problem<T>& p) {
@@ -670,8 +350,6 @@ void conv1d_backward(cudaStream_t stream, const conv1d_problem<T>& p, view<const
 }
 
 #define SSMLIB_DETAIL_LIST(T)                                                                     \
-  SSMLIB_INSTANTIATE(cuda_conv1d, void conv1d_forward<T>(cudaStream_t, const conv1d_problem<T>&,  \
-                                                         view<T, 2>, view<T, 3>));                \
   SSMLIB_INSTANTIATE(cuda_conv1d,                                                                 \
                      std::size_t conv1d_backward_workspace_bytes<T>(const conv1d_problem<T>&));   \
   SSMLIB_INSTANTIATE(cuda_conv1d, void conv1d_backward<T>(cudaStream_t, const conv1d_problem<T>&, \
