@@ -3,6 +3,9 @@
 #include <ssmlib/expr/mix.hpp>
 #include <ssmlib/lower/tokens.hpp>
 
+#include <algorithm>
+#include <cstddef>
+
 namespace ssm::detail {
 
 /// The gradient of an operand (b, T, G, ...) that serves H heads, for kernels whose tasks are
@@ -24,11 +27,16 @@ class head_gradients {
   [[nodiscard]] const tensor<T, R - 1, B>& get() const { return rows_; }
   void finish() const {
     if (stands_in_) {
-      const index_t heads = rows_.extent(1), groups = tokens_.get().extent(1);
-      for (index_t h = 0; h < heads; ++h) {
-        const index_t g = group_of(h, heads, groups);
-        add_to(tokens_.get().slice(1, g, g + 1), rows_.slice(1, h, h + 1));
-      }
+      const tensor<T, R - 1, B>& groups = tokens_.get();
+      const index_t each = rows_.extent(1) / std::max<index_t>(1, groups.extent(1));
+      shape<R> extents{rows_.extent(0), groups.extent(1), each};
+      for (std::size_t d = 3; d < R; ++d)
+        extents[d] = rows_.extents()[d - 1];
+      const tensor<T, R, B> heads = rows_.template reshape<R>(extents);
+      extents[2] = 1;
+      const tensor<T, R, B> to = groups.template reshape<R>(extents);
+      for (index_t i = 0; i < each; ++i)
+        add_to(to, heads.slice(2, i, i + 1));
     }
     tokens_.finish();
   }

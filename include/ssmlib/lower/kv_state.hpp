@@ -13,13 +13,18 @@
 
 namespace ssm {
 
-/// The state of causal softmax attention: the keys and values of the tokens so far. With a window
-/// of w tokens, a ring of the last ones that can still be seen, w - 1 + max_rollback and a tile.
+/// The state of causal softmax attention: the keys and values of the tokens so far. One for each
+/// backend; that of CUDA is in lower/cuda/kv_state.hpp.
+template <Floating T, Backend B = cpu>
+class kv_state;
+
+/// On the CPU. With a window of w tokens, a ring of the last ones that can still be seen, w - 1 +
+/// max_rollback and a tile.
 ///
 /// Rollback policy: attention only moves its length.
 /// @cost memory (tokens kept, rounded up to 96) * (Hk * D + Hv * P) a sequence
 template <Real T>
-class kv_state {
+class kv_state<T, cpu> {
  public:
   kv_state() = default;
   /// @param window  0: none

@@ -2,6 +2,7 @@
 
 #include <ssmlib/expr/hadamard.hpp>
 #include <ssmlib/kernels/cuda/ssd.hpp>
+#include <ssmlib/lower/cuda/chunk.hpp>
 #include <ssmlib/lower/cuda/elements.hpp>
 #include <ssmlib/lower/cuda/feature_map.hpp>
 #include <ssmlib/lower/cuda/gradients.hpp>
@@ -11,7 +12,6 @@
 #include <ssmlib/lower/head_gradients.hpp>
 
 #include <concepts>
-#include <string>
 #include <utility>
 
 namespace ssm {
@@ -150,13 +150,6 @@ struct cuda_ssd {
   device_layout layout;
   kernels::cuda::ssd_problem<T> p;
 };
-
-/// The chunk is part of the kernels, so a size can only be refused.
-inline void check_chunk(alg::chunked a) {
-  if (a.size >= 0) return;
-  throw value_error("ssm: alg::chunked{" + std::to_string(a.size) +
-                    "}: wanted a chunk of at least 1 token, or 0 for the default");
-}
 
 template <Floating T, class L>
 void run_cuda_ssd(const cuda::context& ctx, const cuda_ssd<T, L>& s, const tensor<T, 4, cuda>& y,
