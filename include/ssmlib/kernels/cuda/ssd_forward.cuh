@@ -174,7 +174,8 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ssd_chunk_kernel(
 
 // Turns what the pieces of a sequence add to the state into the states after them, in place. `cut`
 // is that of the pieces.
-__global__ void ssd_scan_kernel(const ssd_arguments<bf16> p, const ssd_cut cut, int state_size) {
+inline __global__ void ssd_scan_kernel(const ssd_arguments<bf16> p, const ssd_cut cut,
+                                       int state_size) {
   const index_t i = (static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
   if (i >= p.sequences * cut.lanes * state_size) return;
   const int s = static_cast<int>(i / state_size / cut.lanes);
