@@ -27,6 +27,10 @@
 #include <ssmlib/kernels/cuda/ssd.hpp>
 #include <ssmlib/kernels/cuda/ssd_step.hpp>
 #include <ssmlib/kernels/cuda/toeplitz.hpp>
+#include <ssmlib/lower/cuda/delta_rule.hpp>
+#include <ssmlib/lower/cuda/gated_linear.hpp>
+#include <ssmlib/lower/cuda/kv_state.hpp>
+#include <ssmlib/lower/cuda/recurrence.hpp>
 #include <ssmlib/nn/cuda/conv1d.hpp>
 #include <ssmlib/nn/cuda/discretize.hpp>
 #include <ssmlib/nn/cuda/embedding.hpp>
