@@ -141,9 +141,21 @@ TEMPLATE_TEST_CASE("cuda/recurrent: token by token has the CPU's results and gra
     }
   };
   check("retention", retention);
-  check("normalised linear attention", normalized_attention);
   check("mamba2", mamba2);
   check("mamba1", mamba1);
+}
+
+TEMPLATE_TEST_CASE("cuda/recurrent: normalised rows have the CPU's results and gradients",
+                   "[cuda][recurrent]", float, double, bf16) {
+  // Features elu + 1 are near 1, and normalised rows cancel what they share: rounding the features
+  // to bf16, nothing else, moves the gradient of q by 0.0097 of its norm here, and the gradient of
+  // the row sums is rounded too.
+  const double looser = std::same_as<TestType, bf16> ? 3 : 1;
+  const sequence_layout packed = sequence_layout::from_lengths({70, 1, 0, 129, 70});
+  for (const options& o : {options{.looser = looser}, options{.with_state = true, .looser = looser},
+                           options{.layout = packed, .with_state = true, .looser = looser}}) {
+    agree<TestType>("normalised", {}, alg::recurrent{}, normalized_attention, o);
+  }
 }
 
 TEMPLATE_TEST_CASE("cuda/recurrent: masks by themselves are scans token by token",

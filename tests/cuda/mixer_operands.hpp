@@ -54,9 +54,10 @@ struct mixer_operands {
 inline mixer_operands<double, ssm::cpu> random_operands(const mixer_sizes& s) {
   using ssm::uniform;
   const index_t b = s.batch, n = s.length, m = s.mask_heads;
+  const double size = 1.7 / std::sqrt(static_cast<double>(s.keys));
   mixer_operands<double, ssm::cpu> o;
   o.q = uniform<double, 4>({b, n, s.query_heads, s.keys}, -1, 1, 1);
-  o.k = uniform<double, 4>({b, n, s.key_heads, s.keys}, -0.35, 0.35, 2);
+  o.k = uniform<double, 4>({b, n, s.key_heads, s.keys}, -size, size, 2);
   o.x = uniform<double, 4>({b, n, s.heads, s.features}, -1, 1, 3);
   o.log_a = uniform<double, 3>({b, n, m}, -0.4, 0, 4);
   o.weight = uniform<double, 3>({b, n, m}, 0.1, 1, 5);
@@ -139,17 +140,23 @@ inline constexpr auto delta_attention = [](const auto& o) {
   return ssm::delta_rule(o.log_a, o.beta, o.q * transpose(o.k) * 0.5) * o.x;
 };
 
-/// f(name, make) for every kind of state.
+/// f(name, make, sizes) for every kind of state: odd sizes, and those that have kernels of their
+/// own.
 template <class F>
 void for_each_mixer(F f) {
-  f("causal softmax", causal_attention);
-  f("window softmax", window_attention);
-  f("normalised linear attention", normalized_attention);
-  f("retention", retention);
-  f("mamba2 with a diagonal", mamba2);
-  f("mamba1 with a diagonal", mamba1);
-  f("gated linear attention", gated_attention);
-  f("the gated delta rule", delta_attention);
+  const mixer_sizes odd;
+  const mixer_sizes usual{
+      .heads = 2, .query_heads = 8, .key_heads = 2, .mask_heads = 8, .keys = 64, .features = 64};
+  for (const mixer_sizes& s : {odd, usual}) {
+    f("causal softmax", causal_attention, s);
+    f("window softmax", window_attention, s);
+    f("normalised linear attention", normalized_attention, s);
+    f("retention", retention, s);
+    f("mamba2 with a diagonal", mamba2, s);
+    f("mamba1 with a diagonal", mamba1, s);
+    f("gated linear attention", gated_attention, s);
+    f("the gated delta rule", delta_attention, s);
+  }
 }
 
 }  // namespace ssm_test

@@ -2,6 +2,8 @@
 #include "support/catch.hpp"
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <initializer_list>
 #include <string>
 #include <string_view>
@@ -90,15 +92,14 @@ double bound_of(const mixer_sizes& s, const Make& make, const tensor<double, 4>&
 
 TEMPLATE_TEST_CASE("cuda/states: pieces of any size give what one pass on the CPU gives",
                    "[cuda][states]", float, double, bf16) {
-  for_each_mixer([](const std::string& name, const auto& make) {
-    const mixer_sizes s;
+  for_each_mixer([](const std::string& name, const auto& make, const mixer_sizes& s) {
     const auto want = eval(make(rounded<TestType>(random_operands(s))));
     const double bound = bound_of<TestType>(s, make, want);
     const auto e = on_device_of<TestType>(s, make);
     const auto check = [&](const char* split, std::initializer_list<index_t> cycle) {
       auto state = make_state(e, s.batch);
       const double error = relative_error(advance_in(e, state, cycle), numbers_of(want));
-      INFO(name << ", " << sizeof(TestType) << " bytes, split " << split);
+      INFO(name << ", keys of " << s.keys << ", " << sizeof(TestType) << " bytes, split " << split);
       CHECK(error <= bound);
     };
     check("1", {1});
@@ -112,9 +113,9 @@ TEMPLATE_TEST_CASE("cuda/states: pieces of any size give what one pass on the CP
 
 TEMPLATE_TEST_CASE("cuda/states: steps of up to 16 tokens have the same bits in any split",
                    "[cuda][states]", float, double, bf16) {
-  for_each_mixer([](const std::string& name, const auto& make) {
-    INFO(name << ", " << sizeof(TestType) << " bytes");
-    const auto e = on_device_of<TestType>({}, make);
+  for_each_mixer([](const std::string& name, const auto& make, const mixer_sizes& s) {
+    INFO(name << ", keys of " << s.keys << ", " << sizeof(TestType) << " bytes");
+    const auto e = on_device_of<TestType>(s, make);
     const index_t sequences = e.x.extent(0), length = e.x.extent(1);
     auto one = make_state(e, sequences), some = make_state(e, sequences),
          many = make_state(e, sequences), ragged = make_state(e, sequences);
@@ -155,9 +156,9 @@ TEMPLATE_TEST_CASE("cuda/states: steps of up to 16 tokens have the same bits in 
 
 TEMPLATE_TEST_CASE("cuda/states: what is rolled back has never been", "[cuda][states]", float,
                    bf16) {
-  for_each_mixer([](const std::string& name, const auto& make) {
-    INFO(name << ", " << sizeof(TestType) << " bytes");
-    const auto e = on_device_of<TestType>({}, make);
+  for_each_mixer([](const std::string& name, const auto& make, const mixer_sizes& s) {
+    INFO(name << ", keys of " << s.keys << ", " << sizeof(TestType) << " bytes");
+    const auto e = on_device_of<TestType>(s, make);
     const index_t sequences = e.x.extent(0), length = e.x.extent(1);
     auto state = make_state(e, sequences, 5);
     advance_in(e, state, {4}, 0, 71);
@@ -185,9 +186,9 @@ TEMPLATE_TEST_CASE("cuda/states: what is rolled back has never been", "[cuda][st
 
 TEMPLATE_TEST_CASE("cuda/states: a long piece can be rolled back too", "[cuda][states]", float,
                    bf16) {
-  for_each_mixer([](const std::string& name, const auto& make) {
-    INFO(name << ", " << sizeof(TestType) << " bytes");
-    const auto e = on_device_of<TestType>({}, make);
+  for_each_mixer([](const std::string& name, const auto& make, const mixer_sizes& s) {
+    INFO(name << ", keys of " << s.keys << ", " << sizeof(TestType) << " bytes");
+    const auto e = on_device_of<TestType>(s, make);
     const index_t sequences = e.x.extent(0);
     auto state = make_state(e, sequences, 4), reference = make_state(e, sequences);
     advance_in(e, state, {10, 40}, 0, 50);
@@ -199,9 +200,9 @@ TEMPLATE_TEST_CASE("cuda/states: a long piece can be rolled back too", "[cuda][s
 }
 
 TEMPLATE_TEST_CASE("cuda/states: a copy is a fork", "[cuda][states]", float, bf16) {
-  for_each_mixer([](const std::string& name, const auto& make) {
-    INFO(name << ", " << sizeof(TestType) << " bytes");
-    const auto e = on_device_of<TestType>({}, make);
+  for_each_mixer([](const std::string& name, const auto& make, const mixer_sizes& s) {
+    INFO(name << ", keys of " << s.keys << ", " << sizeof(TestType) << " bytes");
+    const auto e = on_device_of<TestType>(s, make);
     auto state = make_state(e, e.x.extent(0), 2);
     advance_in(e, state, {7}, 0, 60);
     const auto kept = state;
