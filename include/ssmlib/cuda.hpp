@@ -18,6 +18,7 @@
 #include <ssmlib/kernels/cuda/gated_linear.hpp>
 #include <ssmlib/kernels/cuda/gemm.hpp>
 #include <ssmlib/kernels/cuda/layers.hpp>
+#include <ssmlib/kernels/cuda/loss_values.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
 #include <ssmlib/kernels/cuda/optimizer.hpp>
 #include <ssmlib/kernels/cuda/quadratic.hpp>
@@ -58,3 +59,5 @@
 #include <ssmlib/nn/cuda/norm.hpp>
 #include <ssmlib/nn/cuda/rope.hpp>
 #include <ssmlib/tensor/transfer.hpp>
+#include <ssmlib/train/cuda/losses.hpp>
+#include <ssmlib/train/cuda/optimizer.hpp>
