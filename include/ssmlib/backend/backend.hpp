@@ -10,8 +10,8 @@ namespace ssm {
 /// type. Run-time state (threads; or stream, pool and handles) is its `context`, passed to eval.
 ///
 /// New tensors belong to the context that is current on the calling thread, where a backend has
-/// such a thing: `typename B::scope s(ctx)` makes one current, B::current() is what a scope takes to
-/// restore it later.
+/// such a thing: `typename B::scope s(ctx)` makes one current, B::current() is what a scope takes
+/// to restore it later.
 template <class B>
 concept Backend = std::is_empty_v<B> && requires {
   { B::name } -> std::convertible_to<std::string_view>;

@@ -12,8 +12,7 @@ struct elements<cuda> {
   static void fill(void* to, const strided_axes& axes, const void* value,
                    std::size_t element_bytes);
   template <class T>
-  static void add(T* to, const strided_axes& to_axes, const T* from,
-                  const strided_axes& from_axes);
+  static void add(T* to, const strided_axes& to_axes, const T* from, const strided_axes& from_axes);
   static void zero(const buffer<cuda>& b) {
     SSMLIB_CHECK_CUDA(cudaMemsetAsync(b.data(), 0, b.bytes(), cuda::current().stream()));
   }
