@@ -13,9 +13,11 @@ template <class T, int RA, int RB>
 void check_product(const tensor<double, RA>& a, const tensor<double, RB>& b,
                    matmul_options options) {
   CAPTURE(RA, RB, options.transpose_a, options.transpose_b);
-  const auto ra = rounded<T>(a), rb = rounded<T>(b);
+  const auto ra = rounded<T>(a);
+  const auto rb = rounded<T>(b);
   const auto expected = matmul(ra, rb, options);
-  const auto da = on_device<T>(a), db = on_device<T>(b);
+  const auto da = on_device<T>(a);
+  const auto db = on_device<T>(b);
   const auto y = matmul(da, db, options);
   CHECK(error_of(y, expected) < tolerance<T>);
   const auto dy = rounded<T>(normal<double, RA>(expected.extents(), 1.0, 9));
@@ -71,6 +73,7 @@ TEMPLATE_TEST_CASE("cuda/matmul: strided batches of heads are multiplied where t
 }
 
 TEST_CASE("cuda/matmul: extents that do not fit are refused", "[cuda][matmul][error]") {
-  const auto a = tensor<float, 2, cuda>::zeros(3, 4), b = tensor<float, 2, cuda>::zeros(5, 6);
+  const auto a = tensor<float, 2, cuda>::zeros(3, 4);
+  const auto b = tensor<float, 2, cuda>::zeros(5, 6);
   CHECK_THROWS_WITH(matmul(a, b), contains("a is (3 x 4), b is (5 x 6)"));
 }
