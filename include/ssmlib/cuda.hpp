@@ -13,12 +13,14 @@
 #include <ssmlib/kernels/cuda/cross_entropy.hpp>
 #include <ssmlib/kernels/cuda/delta_rule.hpp>
 #include <ssmlib/kernels/cuda/dense_product.hpp>
+#include <ssmlib/kernels/cuda/discretize.hpp>
 #include <ssmlib/kernels/cuda/elementwise.hpp>
 #include <ssmlib/kernels/cuda/embedding.hpp>
 #include <ssmlib/kernels/cuda/gated_linear.hpp>
 #include <ssmlib/kernels/cuda/gemm.hpp>
-#include <ssmlib/kernels/cuda/layers.hpp>
+#include <ssmlib/kernels/cuda/l2_normalize.hpp>
 #include <ssmlib/kernels/cuda/loss_values.hpp>
+#include <ssmlib/kernels/cuda/mlp.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
 #include <ssmlib/kernels/cuda/optimizer.hpp>
 #include <ssmlib/kernels/cuda/quadratic.hpp>

@@ -2,7 +2,9 @@
 // them. Exit status 0: all pass, 1: a failure, 2: no device.
 
 #include "check.cuh"
-#include <ssmlib/kernels/cuda/layers.cuh>
+#include <ssmlib/kernels/cuda/discretize.cuh>
+#include <ssmlib/kernels/cuda/l2_normalize.cuh>
+#include <ssmlib/kernels/cuda/mlp.cuh>
 
 #include <limits>
 

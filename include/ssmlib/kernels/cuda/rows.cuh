@@ -14,6 +14,9 @@
 namespace ssm::kernels::cuda::detail {
 
 inline constexpr int row_threads = 256;
+/// Elements of 16 bytes.
+template <class T>
+inline constexpr int row_vector = 16 / static_cast<int>(sizeof(T));
 
 /// i / d for i >= 0; of 32-bit numbers where they fit, which takes a third of the time.
 SSMLIB_DEVICE index_t quotient(index_t i, index_t d) {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <ssmlib/kernels/cuda/layers.hpp>
+#include <ssmlib/kernels/cuda/discretize.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/nn/discretize.hpp>
 

@@ -1,7 +1,7 @@
 #pragma once
 
 #include <ssmlib/backend/cuda.hpp>
-#include <ssmlib/kernels/cuda/layers.hpp>
+#include <ssmlib/kernels/cuda/l2_normalize.hpp>
 #include <ssmlib/nn/l2_normalize.hpp>
 
 namespace ssm {

@@ -1,7 +1,7 @@
 #pragma once
 
 #include <ssmlib/backend/cuda.hpp>
-#include <ssmlib/kernels/cuda/layers.hpp>
+#include <ssmlib/kernels/cuda/mlp.hpp>
 #include <ssmlib/nn/mlp.hpp>
 
 namespace ssm {
