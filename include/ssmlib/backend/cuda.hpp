@@ -82,6 +82,9 @@ struct cuda {
     [[nodiscard]] bool allow_tf32() const;
     /// What matrix products keep between calls (kernels/cuda/gemm.hpp); empty before the first.
     [[nodiscard]] std::shared_ptr<void>& products() const;
+    /// What Fourier transforms keep between calls (lower/cuda/toeplitz.hpp); empty before the
+    /// first.
+    [[nodiscard]] std::shared_ptr<void>& transforms() const;
 
    private:
     friend struct cuda_memory;

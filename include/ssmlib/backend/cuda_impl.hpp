@@ -34,7 +34,7 @@ struct cuda_state {
   cudaMemPool_t pool = nullptr;
   bool allow_tf32 = false;
   std::shared_ptr<cuda_allocator> allocator;  // absent: the pool
-  std::shared_ptr<void> products;
+  std::shared_ptr<void> products, transforms;
 
   explicit cuda_state(int device_index) : device(device_index) {
     const int devices = cuda::device_count();
@@ -65,6 +65,7 @@ struct cuda_state {
   ~cuda_state() {
     if (stream) (void)cudaStreamSynchronize(stream);
     products.reset();  // its workspace is from the pool
+    transforms.reset();
     if (pool) (void)cudaMemPoolDestroy(pool);
     if (stream) (void)cudaStreamDestroy(stream);
   }
@@ -153,6 +154,10 @@ SSMLIB_INLINE bool cuda::context::allow_tf32() const {
 }
 SSMLIB_INLINE std::shared_ptr<void>& cuda::context::products() const {
   return state_->products;
+}
+
+SSMLIB_INLINE std::shared_ptr<void>& cuda::context::transforms() const {
+  return state_->transforms;
 }
 
 SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
