@@ -13,8 +13,10 @@
 namespace ssm {
 
 /// @file
-/// alg::quadratic on CUDA: the reference that every mixer has, as on the CPU. It goes through the
-/// host, in double, and waits for the device: for tests and small problems.
+/// alg::quadratic on CUDA: the reference that every mixer has, as on the CPU. This one goes through
+/// the host, in double, and waits for the device: for tests and small problems. It is that of
+/// softmax, selective, gated and delta-rule mixers and of nodes of a user's own; gram matrices and
+/// the library's masks have kernels (lower/cuda/gram.hpp).
 
 namespace detail {
 
@@ -50,33 +52,30 @@ void add_gradients_from_host(M& to, Twin& from) {
   });
 }
 
-}  // namespace detail
-
 /// dense() on the host, the product on the device; with a state, all of it is the twin's on the
 /// host.
-/// @cost  O(T^2) time and memory, copies to the host, and the host waits.
 template <MatrixMixer M>
-requires std::same_as<typename M::backend, cuda>
-void apply_mixer(const cuda::context& ctx, alg::quadratic algorithm, const M& m,
-                 const tensor<typename M::value_type, 4, cuda>& x,
-                 const tensor<typename M::value_type, 4, cuda>& y,
-                 const carry<typename M::value_type, cuda>& c) {
+void apply_on_host(const cuda::context& ctx, const M& m,
+                   const tensor<typename M::value_type, 4, cuda>& x,
+                   const tensor<typename M::value_type, 4, cuda>& y,
+                   const carry<typename M::value_type, cuda>& c) {
   using T = typename M::value_type;
-  detail::refuse_snapshots(c);
+  refuse_snapshots(c);
   if (c.initial || c.final) {
     const tensor<double, 4> result(y.extents());
     carry<double> states;
-    states.initial = detail::exact_on_host(c.initial);
+    states.initial = exact_on_host(c.initial);
     if (c.final) states.final = tensor<double, 4>(c.final.extents());
-    apply_mixer(default_context<cpu>(), algorithm, m.on_host(), detail::exact_on_host(x), result,
+    apply_mixer(default_context<cpu>(), alg::quadratic{}, m.on_host(), exact_on_host(x), result,
                 states);
-    y.copy_from(detail::on_backend<cuda>(cast<T>(result)));
-    if (c.final) c.final.copy_from(detail::on_backend<cuda>(cast<accum_t<T>>(states.final)));
+    y.copy_from(on_backend<cuda>(cast<T>(result)));
+    if (c.final) c.final.copy_from(on_backend<cuda>(cast<accum_t<T>>(states.final)));
     return;
   }
+  if (y.size() == 0) return;
   const sequence_layout sequences = layout_of(m);
-  const detail::device_layout layout(ctx, sequences);
-  const tensor<double, 4, cuda> matrix = detail::on_backend<cuda>(m.dense());
+  const device_layout layout(ctx, sequences);
+  const tensor<double, 4, cuda> matrix = on_backend<cuda>(m.dense());
   kernels::cuda::dense_product_problem<T> p;
   p.matrix = matrix.const_view();
   p.x = x.const_view();
@@ -90,27 +89,46 @@ void apply_mixer(const cuda::context& ctx, alg::quadratic algorithm, const M& m,
 /// The gradient of the twin on the host, by its dense_vjp, its kernels or central differences:
 /// whatever lower/ has for it there.
 template <MatrixMixer M>
+void apply_on_host_vjp(const M& m, const tensor<typename M::value_type, 4, cuda>& x,
+                       const tensor<typename M::value_type, 4, cuda>& dy, M& dm,
+                       const tensor<typename M::value_type, 4, cuda>& dx,
+                       const carry_gradient<typename M::value_type, cuda>& c) {
+  auto exact = m.on_host();
+  auto gradients = exact;
+  keep_wanted(gradients, dm);
+  const tensor<double, 4> exact_x = exact_on_host(x);
+  tensor<double, 4> d_x;
+  if (dx) d_x = tensor<double, 4>::zeros(dx.extents());
+  carry_gradient<double> states;
+  states.initial = exact_on_host(c.initial);
+  states.d_final = exact_on_host(c.d_final);
+  if (c.d_initial) states.d_initial = tensor<double, 4>::zeros(c.d_initial.extents());
+  apply_mixer_vjp(default_context<cpu>(), alg::quadratic{}, exact, exact_x, exact_on_host(dy),
+                  gradients, d_x, states);
+  add_gradients_from_host(dm, gradients);
+  add_from_host(dx, d_x);
+  add_from_host(c.d_initial, states.d_initial);
+}
+
+}  // namespace detail
+
+/// @cost  O(T^2) time and memory, copies to the host, and the host waits.
+template <MatrixMixer M>
 requires std::same_as<typename M::backend, cuda>
-void apply_mixer_vjp(const cuda::context&, alg::quadratic algorithm, const M& m,
+void apply_mixer(const cuda::context& ctx, alg::quadratic, const M& m,
+                 const tensor<typename M::value_type, 4, cuda>& x,
+                 const tensor<typename M::value_type, 4, cuda>& y,
+                 const carry<typename M::value_type, cuda>& c) {
+  detail::apply_on_host(ctx, m, x, y, c);
+}
+template <MatrixMixer M>
+requires std::same_as<typename M::backend, cuda>
+void apply_mixer_vjp(const cuda::context&, alg::quadratic, const M& m,
                      const tensor<typename M::value_type, 4, cuda>& x,
                      const tensor<typename M::value_type, 4, cuda>& dy, M& dm,
                      const tensor<typename M::value_type, 4, cuda>& dx,
                      const carry_gradient<typename M::value_type, cuda>& c) {
-  auto exact = m.on_host();
-  auto gradients = exact;
-  detail::keep_wanted(gradients, dm);
-  const tensor<double, 4> exact_x = detail::exact_on_host(x);
-  tensor<double, 4> d_x;
-  if (dx) d_x = tensor<double, 4>::zeros(dx.extents());
-  carry_gradient<double> states;
-  states.initial = detail::exact_on_host(c.initial);
-  states.d_final = detail::exact_on_host(c.d_final);
-  if (c.d_initial) states.d_initial = tensor<double, 4>::zeros(c.d_initial.extents());
-  apply_mixer_vjp(default_context<cpu>(), algorithm, exact, exact_x, detail::exact_on_host(dy),
-                  gradients, d_x, states);
-  detail::add_gradients_from_host(dm, gradients);
-  detail::add_from_host(dx, d_x);
-  detail::add_from_host(c.d_initial, states.d_initial);
+  detail::apply_on_host_vjp(m, x, dy, dm, dx, c);
 }
 
 }  // namespace ssm
