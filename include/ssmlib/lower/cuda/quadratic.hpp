@@ -9,6 +9,7 @@
 #include <concepts>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 
 namespace ssm {
 
@@ -52,6 +53,25 @@ void add_gradients_from_host(M& to, Twin& from) {
   });
 }
 
+/// y = dense() x, or the product with its transpose; the matrix is made on the host, in double.
+template <class T>
+void multiply_by_dense(const cuda::context& ctx, const tensor<double, 4>& dense, bool transposed,
+                       const sequence_layout& sequences, bool packed, const tensor<T, 4, cuda>& x,
+                       const tensor<T, 4, cuda>& y) {
+  if (y.size() == 0) return;
+  const device_layout layout(ctx, sequences);
+  const tensor<double, 4, cuda> matrix = on_backend<cuda>(dense);
+  kernels::cuda::dense_product_problem<T> p;
+  p.matrix = matrix.const_view();
+  if (transposed) std::swap(p.matrix.strides[2], p.matrix.strides[3]);
+  p.x = x.const_view();
+  p.packed = packed;
+  p.offsets = layout.offsets;
+  p.sequences = layout.sequences;
+  p.max_length = layout.max_length;
+  kernels::cuda::dense_product<T>(ctx.stream(), p, y.view());
+}
+
 /// dense() on the host, the product on the device; with a state, all of it is the twin's on the
 /// host.
 template <MatrixMixer M>
@@ -72,18 +92,7 @@ void apply_on_host(const cuda::context& ctx, const M& m,
     if (c.final) c.final.copy_from(on_backend<cuda>(cast<accum_t<T>>(states.final)));
     return;
   }
-  if (y.size() == 0) return;
-  const sequence_layout sequences = layout_of(m);
-  const device_layout layout(ctx, sequences);
-  const tensor<double, 4, cuda> matrix = on_backend<cuda>(m.dense());
-  kernels::cuda::dense_product_problem<T> p;
-  p.matrix = matrix.const_view();
-  p.x = x.const_view();
-  p.packed = static_cast<bool>(m.layout);
-  p.offsets = layout.offsets;
-  p.sequences = layout.sequences;
-  p.max_length = layout.max_length;
-  kernels::cuda::dense_product<T>(ctx.stream(), p, y.view());
+  multiply_by_dense(ctx, m.dense(), false, layout_of(m), static_cast<bool>(m.layout), x, y);
 }
 
 /// The gradient of the twin on the host, by its dense_vjp, its kernels or central differences:
