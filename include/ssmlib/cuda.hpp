@@ -8,6 +8,7 @@
 
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/kernels/cuda/attention_decode.hpp>
+#include <ssmlib/kernels/cuda/channels.hpp>
 #include <ssmlib/kernels/cuda/conv1d.hpp>
 #include <ssmlib/kernels/cuda/conv1d_step.hpp>
 #include <ssmlib/kernels/cuda/cross_entropy.hpp>
@@ -41,6 +42,7 @@
 #include <ssmlib/lower/cuda/feature_map.hpp>
 #include <ssmlib/lower/cuda/gated_linear.hpp>
 #include <ssmlib/lower/cuda/gradients.hpp>
+#include <ssmlib/lower/cuda/gram.hpp>
 #include <ssmlib/lower/cuda/kv_state.hpp>
 #include <ssmlib/lower/cuda/layout.hpp>
 #include <ssmlib/lower/cuda/matmul.hpp>
@@ -50,6 +52,8 @@
 #include <ssmlib/lower/cuda/selective.hpp>
 #include <ssmlib/lower/cuda/semiseparable.hpp>
 #include <ssmlib/lower/cuda/softmax.hpp>
+#include <ssmlib/lower/cuda/toeplitz.hpp>
+#include <ssmlib/lower/cuda/user_mask.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/lower/cuda/wrappers.hpp>
 #include <ssmlib/nn/cuda/conv1d.hpp>
