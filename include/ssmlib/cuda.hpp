@@ -6,6 +6,8 @@
 /// kernels by their own names. These headers are plain C++: link ssmlib::cuda_compiled, or include
 /// the .cuh files beside kernels/cuda/*.hpp where nvcc compiles the whole program.
 
+#include <ssmlib/distill/cuda/hidden_state_alignment.hpp>
+#include <ssmlib/distill/cuda/matrix_orientation.hpp>
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/kernels/cuda/attention_decode.hpp>
 #include <ssmlib/kernels/cuda/channels.hpp>
@@ -21,6 +23,7 @@
 #include <ssmlib/kernels/cuda/gemm.hpp>
 #include <ssmlib/kernels/cuda/l2_normalize.hpp>
 #include <ssmlib/kernels/cuda/loss_values.hpp>
+#include <ssmlib/kernels/cuda/matrix_distance.hpp>
 #include <ssmlib/kernels/cuda/mlp.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
 #include <ssmlib/kernels/cuda/optimizer.hpp>
@@ -56,6 +59,11 @@
 #include <ssmlib/lower/cuda/user_mask.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/lower/cuda/wrappers.hpp>
+#include <ssmlib/mixer/cuda/matrix_panels.hpp>
+#include <ssmlib/mixer/cuda/panels.hpp>
+#include <ssmlib/mixer/cuda/product_panels.hpp>
+#include <ssmlib/mixer/cuda/semiseparable_panels.hpp>
+#include <ssmlib/mixer/cuda/softmax_panels.hpp>
 #include <ssmlib/nn/cuda/conv1d.hpp>
 #include <ssmlib/nn/cuda/discretize.hpp>
 #include <ssmlib/nn/cuda/embedding.hpp>
