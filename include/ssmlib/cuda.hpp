@@ -29,6 +29,7 @@
 #include <ssmlib/kernels/cuda/optimizer.hpp>
 #include <ssmlib/kernels/cuda/quadratic.hpp>
 #include <ssmlib/kernels/cuda/recurrence.hpp>
+#include <ssmlib/kernels/cuda/reduce.hpp>
 #include <ssmlib/kernels/cuda/rope.hpp>
 #include <ssmlib/kernels/cuda/sample.hpp>
 #include <ssmlib/kernels/cuda/selective.hpp>
@@ -52,6 +53,7 @@
 #include <ssmlib/lower/cuda/positions.hpp>
 #include <ssmlib/lower/cuda/quadratic.hpp>
 #include <ssmlib/lower/cuda/recurrence.hpp>
+#include <ssmlib/lower/cuda/reductions.hpp>
 #include <ssmlib/lower/cuda/selective.hpp>
 #include <ssmlib/lower/cuda/semiseparable.hpp>
 #include <ssmlib/lower/cuda/softmax.hpp>
