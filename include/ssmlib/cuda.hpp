@@ -66,6 +66,7 @@
 #include <ssmlib/mixer/cuda/product_panels.hpp>
 #include <ssmlib/mixer/cuda/semiseparable_panels.hpp>
 #include <ssmlib/mixer/cuda/softmax_panels.hpp>
+#include <ssmlib/model/cuda/plan.hpp>
 #include <ssmlib/nn/cuda/conv1d.hpp>
 #include <ssmlib/nn/cuda/discretize.hpp>
 #include <ssmlib/nn/cuda/embedding.hpp>
@@ -77,3 +78,4 @@
 #include <ssmlib/tensor/transfer.hpp>
 #include <ssmlib/train/cuda/losses.hpp>
 #include <ssmlib/train/cuda/optimizer.hpp>
+#include <ssmlib/train/cuda/plan.hpp>

@@ -14,7 +14,14 @@ class cuda_workspace {
   cuda_workspace(const cuda::context& ctx, std::size_t bytes) {
     if (bytes == 0) return;
     const cuda::scope scope(ctx);
-    buffer_ = buffer<cuda>(bytes);
+    allocating_workspace = true;
+    try {
+      buffer_ = buffer<cuda>(bytes);
+    } catch (...) {
+      allocating_workspace = false;
+      throw;
+    }
+    allocating_workspace = false;
   }
   /// Aligned to 256 bytes, as everything from a pool is.
   [[nodiscard]] void* data() const { return buffer_.data(); }
