@@ -47,24 +47,21 @@ struct real_run {
   [[nodiscard]] double peak() const { return static_cast<double>(ctx.memory().peak); }
 };
 
-void check_close(const char* what, std::size_t planned, double real) {
+/// `planned` within 2 % of what the pool of `ctx` had.
+void check_close(const std::string& what, std::size_t planned, double real) {
   INFO(what << ": planned " << planned << " bytes, the pool had "
             << static_cast<std::size_t>(real));
   CHECK(std::abs(static_cast<double>(planned) - real) <= 0.02 * real);
 }
 
-void print(const std::string& what, const memory_plan& p, double peak, const cuda::context& ctx) {
-  constexpr double mib = 1 << 20;
-  WARN(what << ": planned " << static_cast<double>(p.total()) / mib << " MiB (weights "
-            << static_cast<double>(p.weights) / mib << ", copies "
-            << static_cast<double>(p.copies) / mib << ", gradients "
-            << static_cast<double>(p.gradients) / mib << ", optimizer "
-            << static_cast<double>(p.optimizer) / mib << ", states "
-            << static_cast<double>(p.states) / mib << ", activations "
-            << static_cast<double>(p.activations) / mib << ", workspace "
-            << static_cast<double>(p.workspace) / mib << "), the pool's peak was " << peak / mib
-            << " MiB, it kept "
-            << static_cast<double>(ctx.memory().in_use + ctx.memory().cached) / mib << " MiB");
+std::string described(const memory_plan& p, const cuda::context& ctx) {
+  const auto mib = [](std::size_t bytes) {
+    return std::to_string(static_cast<double>(bytes) / (1 << 20)) + " MiB";
+  };
+  return "weights " + mib(p.weights) + ", copies " + mib(p.copies) + ", gradients " +
+         mib(p.gradients) + ", optimizer " + mib(p.optimizer) + ", states " + mib(p.states) +
+         ", activations " + mib(p.activations) + ", workspace " + mib(p.workspace) +
+         "; the pool kept " + mib(ctx.memory().in_use + ctx.memory().cached);
 }
 
 tensor<std::int32_t, 2> tokens(index_t b, index_t n) {
@@ -103,8 +100,7 @@ TEMPLATE_TEST_CASE("cuda/plan: inference takes the bytes that are planned", "[cu
       const auto hidden = real.model.hidden(with, tokens(batch, length));
       (void)real.model.head()(with, hidden.slice(1, length - 1, length));
     }
-    check_close("peak", p.total(), real.peak());
-    print(std::string("inference of ") + k.name, p, real.peak(), real.ctx);
+    check_close("peak of inference; " + described(p, real.ctx), p.total(), real.peak());
     CHECK(plan(real.model, batch, length).total() == p.total());
   }
 }
@@ -128,11 +124,10 @@ TEMPLATE_TEST_CASE("cuda/plan: decoding takes the bytes that are planned, its st
       (void)real.model.head()(with, hidden.slice(1, n - 1, n));
       workspace = real.ctx.products() ? 32 << 20 : 0;
     }
-    check_close("peak", p.total(), real.peak());
+    check_close("peak of decoding; " + described(p, real.ctx), p.total(), real.peak());
     check_close("states", p.states,
                 real.in_use() - weights - workspace - static_cast<double>(copies.bytes()));
     CHECK(p.copies == copies.bytes());
-    print(std::string("decoding with ") + k.name, p, real.peak(), real.ctx);
   }
 }
 
@@ -158,11 +153,9 @@ TEMPLATE_TEST_CASE("cuda/plan: training takes the bytes that are planned", "[cud
            .learning_rate = 1e-4,
            .micro_batch = micro_batch},
           {}, real.ctx);
-      check_close("peak", p.total(), real.peak());
+      check_close("peak of training; " + described(p, real.ctx), p.total(), real.peak());
       CHECK(p.gradients == p.weights);
       CHECK(p.optimizer == 2 * p.weights);
-      print(std::string("training ") + k.name + (micro_batch == 0 ? "" : ", one by one"), p,
-            real.peak(), real.ctx);
     }
   }
 }

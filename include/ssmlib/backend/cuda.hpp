@@ -17,13 +17,45 @@ namespace ssm {
 namespace detail {
 struct cuda_state;
 
-/// Whether this thread allocates working memory of a kernel now, which plans count apart.
-inline thread_local bool allocating_workspace = false;
+/// What this thread allocates in such a scope is working memory of kernels, which plans of memory
+/// count apart.
+class workspace_scope {
+ public:
+  workspace_scope() : before_(std::exchange(active_, true)) {}
+  ~workspace_scope() { active_ = before_; }
+  workspace_scope(const workspace_scope&) = delete;
+  workspace_scope& operator=(const workspace_scope&) = delete;
+
+  [[nodiscard]] static bool is_active() { return active_; }
+
+ private:
+  inline static thread_local bool active_ = false;
+  bool before_;
+};
 }  // namespace detail
 
 class cuda_dry_run;
 
-struct cuda_memory;
+/// Where tensors of the CUDA backend get their bytes: the pool of the calling thread's current
+/// context, in the order of its stream.
+struct cuda_memory {
+  /// @throws backend_error  out of memory; names the bytes asked for, free and total. The context
+  ///                        stays usable.
+  [[nodiscard]] static memory_block* create(std::size_t bytes);
+  /// Frees after the work that the block's context has been given so far.
+  static void destroy(memory_block* block) noexcept;
+};
+
+/// What a context takes its blocks from in place of its pool: the arena of a capture, or a dry run
+/// that only counts.
+class cuda_allocator {
+ public:
+  virtual ~cuda_allocator() = default;
+  /// @return memory aligned to 256 bytes. @throws backend_error  there is none.
+  [[nodiscard]] virtual void* allocate(std::size_t bytes) = 0;
+  /// Takes a block back, to be used again after the work that the context has been given so far.
+  virtual void release(void* data, std::size_t bytes) noexcept = 0;
+};
 
 /// The CUDA backend.
 ///
@@ -60,10 +92,14 @@ struct cuda {
     /// Queues a copy of bytes between host and device, or on the device. From pageable memory the
     /// call has taken what it needs when it returns.
     void copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) const;
-
     /// Whether this is the context of a cuda_dry_run: nothing runs on it, and its memory cannot be
     /// read.
     [[nodiscard]] bool is_dry_run() const;
+
+    /// From now on new blocks come from `allocator`, or from the pool again where it is null. A
+    /// block goes back to what it came from and keeps that alive.
+    void set_allocator(std::shared_ptr<cuda_allocator> allocator) const;
+    [[nodiscard]] const std::shared_ptr<cuda_allocator>& allocator() const;
 
     /// Lets products of float matrices round their factors to TF32 (10 bits of mantissa). Off at
     /// first: float products have the bits of float.
@@ -78,7 +114,7 @@ struct cuda {
    private:
     friend struct cuda_memory;
     friend struct cuda;
-    friend class cuda_dry_run;
+    friend class ssm::cuda_dry_run;
     explicit context(std::shared_ptr<detail::cuda_state> state) : state_(std::move(state)) {}
 
     std::shared_ptr<detail::cuda_state> state_;
@@ -103,20 +139,6 @@ struct cuda {
   [[nodiscard]] static int device_count();
 };
 static_assert(Backend<cuda>);
-
-/// Where tensors of the CUDA backend get their bytes: the pool of the calling thread's current
-/// context, in the order of its stream.
-struct cuda_memory {
-  /// @throws backend_error  out of memory; names the bytes asked for, free and total. The context
-  ///                        stays usable.
-  [[nodiscard]] static memory_block* create(std::size_t bytes);
-  /// Frees after the work that the block's context has been given so far.
-  static void destroy(memory_block* block) noexcept;
-
-  /// Bytes of a context's pool that belong to no tensor, as create() gets them. Whoever asks frees
-  /// them on the context's stream, unless that is of a dry run.
-  [[nodiscard]] static void* allocate(const cuda::context& ctx, std::size_t bytes);
-};
 
 template <>
 [[nodiscard]] cuda::context& default_context<cuda>();

@@ -3,8 +3,13 @@
 #include <ssmlib/backend/cuda.hpp>
 
 #include <cstddef>
+#include <memory>
 
 namespace ssm {
+
+namespace detail {
+class cuda_counter;
+}
 
 /// A context on which nothing runs and nothing is allocated: it counts the bytes that the same work
 /// would take from a real context's pool, block by block and in the same order.
@@ -41,6 +46,7 @@ class cuda_dry_run {
 
  private:
   cuda::context context_;
+  std::shared_ptr<detail::cuda_counter> counter_;
 };
 
 }  // namespace ssm

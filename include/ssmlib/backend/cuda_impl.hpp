@@ -28,35 +28,12 @@ class device_guard {
   int before_ = 0;
 };
 
-/// What a dry run has given out: addresses that nothing lies behind, and their bytes.
-struct cuda_counter {
-  std::size_t in_use = 0, peak = 0, workspace = 0, workspace_at_peak = 0;
-  // Far from what the device or the host gives out; with 48 bits there is room for 64 TiB.
-  std::uintptr_t next = std::uintptr_t{1} << 44;
-
-  [[nodiscard]] void* take(std::size_t bytes, bool is_workspace) {
-    in_use += bytes;
-    if (is_workspace) workspace += bytes;
-    if (in_use > peak) {
-      peak = in_use;
-      workspace_at_peak = workspace;
-    }
-    void* const address = reinterpret_cast<void*>(next);
-    next += (bytes + 511) / 512 * 512;
-    return address;
-  }
-  void give(std::size_t bytes, bool is_workspace) {
-    in_use -= bytes;
-    if (is_workspace) workspace -= bytes;
-  }
-};
-
 struct cuda_state {
   int device = 0, arch = 0, arch_cap = std::numeric_limits<int>::max();
   cudaStream_t stream = nullptr;
   cudaMemPool_t pool = nullptr;
-  bool allow_tf32 = false;
-  std::shared_ptr<cuda_counter> counter;  // of a dry run
+  bool allow_tf32 = false, is_dry_run = false;
+  std::shared_ptr<cuda_allocator> allocator;  // absent: the pool
   std::shared_ptr<void> products, transforms;
 
   explicit cuda_state(int device_index) : device(device_index) {
@@ -98,8 +75,7 @@ struct cuda_state {
 
 struct cuda_block : memory_block {
   std::shared_ptr<cuda_state> owner;
-  std::shared_ptr<cuda_counter> counter;  // of a dry run; absent: the block is the pool's
-  bool is_workspace = false;
+  std::shared_ptr<cuda_allocator> source;  // absent: the owner's pool
 };
 
 /// The current context of this thread; none means the default one.
@@ -171,7 +147,13 @@ SSMLIB_INLINE void cuda::context::copy(void* to, const void* from, std::size_t b
   SSMLIB_CHECK_CUDA(cudaMemcpyAsync(to, from, bytes, kind, state_->stream));
 }
 SSMLIB_INLINE bool cuda::context::is_dry_run() const {
-  return state_->counter != nullptr;
+  return state_->is_dry_run;
+}
+SSMLIB_INLINE void cuda::context::set_allocator(std::shared_ptr<cuda_allocator> allocator) const {
+  state_->allocator = std::move(allocator);
+}
+SSMLIB_INLINE const std::shared_ptr<cuda_allocator>& cuda::context::allocator() const {
+  return state_->allocator;
 }
 SSMLIB_INLINE void cuda::context::set_allow_tf32(bool allow) const {
   state_->allow_tf32 = allow;
@@ -187,52 +169,44 @@ SSMLIB_INLINE std::shared_ptr<void>& cuda::context::transforms() const {
   return state_->transforms;
 }
 
-SSMLIB_INLINE void* cuda_memory::allocate(const cuda::context& ctx, std::size_t bytes) {
-  const detail::cuda_state& owner = *ctx.state_;
+SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
+  const auto owner = cuda::current().state_;
+  const detail::device_guard guard(owner->device);
+  auto block = std::make_unique<detail::cuda_block>();
+  block->bytes = bytes;
   // A block of no bytes has an address too: a tensor without elements is not an absent one.
   const std::size_t wanted = std::max<std::size_t>(bytes, 1);
-  if (owner.counter) return owner.counter->take(wanted, true);
-  const detail::device_guard guard(owner.device);
-  void* data = nullptr;
-  cudaError_t status = cudaMallocFromPoolAsync(&data, wanted, owner.pool, owner.stream);
+  if (owner->allocator) {
+    block->data = owner->allocator->allocate(wanted);
+    block->owner = owner;
+    block->source = owner->allocator;
+    return block.release();
+  }
+  cudaError_t status = cudaMallocFromPoolAsync(&block->data, wanted, owner->pool, owner->stream);
   if (status == cudaErrorMemoryAllocation) {  // freed blocks may wait for the stream to get there
     (void)cudaGetLastError();
-    SSMLIB_CHECK_CUDA(cudaStreamSynchronize(owner.stream));
-    SSMLIB_CHECK_CUDA(cudaMemPoolTrimTo(owner.pool, 0));
-    status = cudaMallocFromPoolAsync(&data, wanted, owner.pool, owner.stream);
+    SSMLIB_CHECK_CUDA(cudaStreamSynchronize(owner->stream));
+    SSMLIB_CHECK_CUDA(cudaMemPoolTrimTo(owner->pool, 0));
+    status = cudaMallocFromPoolAsync(&block->data, wanted, owner->pool, owner->stream);
   }
   if (status == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();
     std::size_t free = 0, total = 0;
     SSMLIB_CHECK_CUDA(cudaMemGetInfo(&free, &total));
     throw backend_error("ssm: allocating " + std::to_string(bytes) + " bytes on device " +
-                        std::to_string(owner.device) + " failed with " + std::to_string(free) +
+                        std::to_string(owner->device) + " failed with " + std::to_string(free) +
                         " of " + std::to_string(total) +
                         " bytes free; use a smaller batch or a shorter sequence");
   }
   detail::check_cuda(status, "cudaMallocFromPoolAsync");
-  return data;
-}
-
-SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
-  const cuda::context ctx = cuda::current();
-  auto block = std::make_unique<detail::cuda_block>();
-  block->bytes = bytes;
-  block->owner = ctx.state_;
-  if (const auto& counter = ctx.state_->counter) {
-    block->is_workspace = detail::allocating_workspace;
-    block->data = counter->take(std::max<std::size_t>(bytes, 1), block->is_workspace);
-    block->counter = counter;
-  } else {
-    block->data = allocate(ctx, bytes);
-  }
+  block->owner = owner;
   return block.release();
 }
 
 SSMLIB_INLINE void cuda_memory::destroy(memory_block* base) noexcept {
   const std::unique_ptr<detail::cuda_block> block(static_cast<detail::cuda_block*>(base));
-  if (block->counter) {
-    block->counter->give(std::max<std::size_t>(block->bytes, 1), block->is_workspace);
+  if (block->source) {
+    block->source->release(block->data, std::max<std::size_t>(block->bytes, 1));
   } else {
     (void)cudaFreeAsync(block->data, block->owner->stream);
   }

@@ -34,29 +34,40 @@ struct cublas_state {
 
   cudaStream_t stream;
   cublasLtHandle_t handle = nullptr;
+  std::shared_ptr<cuda_allocator> source;  // of the workspace; absent: the pool
   void* workspace = nullptr;
-  bool is_dry_run;
   std::map<std::array<index_t, 17>, choice> choices;
 
   explicit cublas_state(const ssm::cuda::context& ctx)
-      : stream(ctx.stream()), is_dry_run(ctx.is_dry_run()) {
+      : stream(ctx.stream()), source(ctx.allocator()) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     SSMLIB_CHECK_CUDA(cudaStreamIsCapturing(stream, &capture));
-    if (capture != cudaStreamCaptureStatusNone && !is_dry_run) {
+    if (capture != cudaStreamCaptureStatusNone && !ctx.is_dry_run()) {
       throw backend_error(
           "ssm: the context's first matrix product is inside a graph capture, which must not "
           "allocate; call kernels::cuda::prepare_gemm(ctx) or run one step before");
     }
     SSMLIB_CHECK_CUBLAS(cublasLtCreate(&handle));
     try {
-      workspace = cuda_memory::allocate(ctx, workspace_bytes);
+      if (source) {
+        const ssm::detail::workspace_scope scope;
+        workspace = source->allocate(workspace_bytes);
+      } else {
+        ssm::detail::check_cuda(
+            cudaMallocFromPoolAsync(&workspace, workspace_bytes, ctx.pool(), stream),
+            "cudaMallocFromPoolAsync(32 MiB for matrix products)");
+      }
     } catch (...) {
       (void)cublasLtDestroy(handle);
       throw;
     }
   }
   ~cublas_state() {
-    if (!is_dry_run) (void)cudaFreeAsync(workspace, stream);
+    if (source) {
+      source->release(workspace, workspace_bytes);
+    } else {
+      (void)cudaFreeAsync(workspace, stream);
+    }
     (void)cublasLtDestroy(handle);
   }
   cublas_state(const cublas_state&) = delete;

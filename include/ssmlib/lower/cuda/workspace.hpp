@@ -14,14 +14,8 @@ class cuda_workspace {
   cuda_workspace(const cuda::context& ctx, std::size_t bytes) {
     if (bytes == 0) return;
     const cuda::scope scope(ctx);
-    allocating_workspace = true;
-    try {
-      buffer_ = buffer<cuda>(bytes);
-    } catch (...) {
-      allocating_workspace = false;
-      throw;
-    }
-    allocating_workspace = false;
+    const workspace_scope counted;
+    buffer_ = buffer<cuda>(bytes);
   }
   /// Aligned to 256 bytes, as everything from a pool is.
   [[nodiscard]] void* data() const { return buffer_.data(); }
