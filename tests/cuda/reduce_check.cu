@@ -32,27 +32,29 @@ void check(table& results, const std::string& name, index_t rows, index_t length
   const index_t n = rows * length;
   rows_buffer<T> all(1, n, pad), gradients(1, n, pad), small(1, rows), y(1, rows), out(1, n, pad),
       dx(rows, length, pad), back(rows, length, pad), peaks(rows, length, pad);
-  const auto x = all.fill(1, -1, 1), dy = gradients.fill(2, -1, 1), d = small.fill(3, -1, 1);
+  const auto x = all.fill(1, 0, 1), dy = gradients.fill(2, -1, 1), d = small.fill(3, -1, 1);
   std::vector<double> sums(rows), largest(rows), soft(n), d_soft = ones(n), d_max = ones(n),
                                                           d_sum = ones(n);
   parallel(rows, [&](index_t r) {
     const double* row = &x[r * length];
     index_t at = 0;
+    long double sum = 0, total = 0, dot = 0;
     for (index_t i = 0; i < length; ++i) {
-      sums[r] += row[i] / 3;
+      sum += row[i];
       if (row[i] > row[at]) at = i;
     }
+    sums[r] = static_cast<double>(sum / 3);
     largest[r] = row[at];
     d_max[r * length + at] += d[r];
-    double total = 0, dot = 0;
     for (index_t i = 0; i < length; ++i)
       total += soft[r * length + i] = std::exp(row[i] - row[at]);
     for (index_t i = 0; i < length; ++i) {
-      soft[r * length + i] /= total;
+      soft[r * length + i] = static_cast<double>(soft[r * length + i] / total);
       dot += soft[r * length + i] * dy[r * length + i];
     }
     for (index_t i = 0; i < length; ++i) {
-      d_soft[r * length + i] += soft[r * length + i] * (dy[r * length + i] - dot);
+      d_soft[r * length + i] +=
+          soft[r * length + i] * static_cast<double>(dy[r * length + i] - dot);
       d_sum[r * length + i] += d[r] / 3;
     }
   });

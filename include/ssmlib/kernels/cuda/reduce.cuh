@@ -30,7 +30,7 @@ struct store_sum_of_row {
 template <class T>
 struct store_largest {
   T* y;
-  SSMLIB_DEVICE void operator()(index_t row, const typename largest_operation<T>::state& s) const {
+  SSMLIB_DEVICE void operator()(index_t row, const typename peak_operation<T>::state& s) const {
     y[row] = narrow<T>(s.value);
   }
 };
@@ -94,8 +94,7 @@ __global__ void __launch_bounds__(row_block)
       if (lane + k * plan.lanes >= groups) continue;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const A v = widen(own[k].v[i]);
-        if (i < valid_of(k) && (v > largest || v != v)) largest = v;
+        if (i < valid_of(k)) largest = larger_or_nan(largest, widen(own[k].v[i]));
       }
     }
     const double all = merge_lanes<op>({static_cast<double>(largest), 0.0}, plan.lanes).largest;
@@ -107,7 +106,8 @@ __global__ void __launch_bounds__(row_block)
       A copy[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        values[k][i] = i < valid_of(k) ? ::exp(widen(own[k].v[i]) - static_cast<A>(all)) : A(0);
+        values[k][i] =
+            i < valid_of(k) ? exponential_for<T>(widen(own[k].v[i]) - static_cast<A>(all)) : A(0);
         copy[i] = values[k][i];
       }
       sum += static_cast<double>(group_sum(copy));
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(row_block)
       numbers<T, V> out;
 #pragma unroll
       for (int i = 0; i < V; ++i)
-        out.v[i] = narrow<T>(::exp(widen(v.v[i]) - largest) * scale);
+        out.v[i] = narrow<T>(exponential_for<T>(widen(v.v[i]) - largest) * scale);
       store_numbers<V>(y + at, out, valid, y_aligned);
     }
   }
@@ -284,7 +284,7 @@ void add_to_rows(cudaStream_t stream, const T* dy, double scale, view<T, 4> dx) 
 
 template <class T>
 void max_rows(cudaStream_t stream, const row_problem<T>& p, T* y, void* workspace) {
-  detail::reduce<detail::largest_operation<T>>(stream, p, detail::store_largest<T>{y}, workspace);
+  detail::reduce<detail::peak_operation<T>>(stream, p, detail::store_largest<T>{y}, workspace);
 }
 template <class T>
 void max_rows_vjp(cudaStream_t stream, const row_problem<T>& p, const T* dy, view<T, 4> dx,
@@ -300,7 +300,8 @@ void softmax_rows(cudaStream_t stream, const row_problem<T>& p, T* y, void* work
   const bool y_aligned = (p.rows == 1 || p.length % row_group<T> == 0) &&
                          reinterpret_cast<std::uintptr_t>(y) % 16 == 0;
   const row_plan whole = row_plan::of(p, 2, false);
-  const bool fits = with_groups<8>(whole, [&](auto groups) {
+  constexpr int most = sizeof(T) == 2 ? 4 : 8;  // more would leave a block too few neighbours
+  const bool fits = with_groups<most>(whole, [&](auto groups) {
     softmax_rows_kernel<T, groups()>
         <<<row_blocks_for(whole.units()), row_block, 0, stream>>>(p.x, y, whole, y_aligned);
     SSMLIB_CHECK_CUDA(cudaGetLastError());

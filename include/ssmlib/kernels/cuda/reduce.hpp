@@ -43,12 +43,13 @@ void max_rows_vjp(cudaStream_t stream, const row_problem<T>& p, const T* dy, vie
                   void* workspace);
 
 /// y = exp(x - largest of the row), divided by the row's sum. Entries of -infinity become 0.
-/// @cost  one read, one write; two reads of rows with more than 32 KiB
+/// @cost  one read, one write; two reads of rows with more than 8192 elements (4096 of double)
 template <class T>
 void softmax_rows(cudaStream_t stream, const row_problem<T>& p, T* y, void* workspace);
 /// dx += y (dy - y . dy), row by row.
 /// @param y  the rows of the forward pass's result
-/// @cost  three reads, one write; five reads of rows with more than 16 KiB
+/// @cost  three reads, one write; five reads of rows with more than 4096 elements (8192 of bf16,
+///        2048 of double)
 template <class T>
 void softmax_rows_vjp(cudaStream_t stream, const row_problem<T>& y, const T* dy, view<T, 4> dx,
                       void* workspace);

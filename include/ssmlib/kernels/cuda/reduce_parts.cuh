@@ -119,6 +119,44 @@ struct sum_operation {
   }
 };
 
+/// The larger of two numbers; NaN if one is.
+SSMLIB_DEVICE float larger_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+SSMLIB_DEVICE double larger_or_nan(double a, double b) {
+  return b > a || b != b ? b : a;
+}
+
+/// e^x. Beside bf16 an error of 2^-20 is none.
+template <class T, class A>
+SSMLIB_DEVICE A exponential_for(A x) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return power_of_two(static_cast<A>(log2_of_e) * x);
+  } else {
+    return ::exp(x);
+  }
+}
+
+/// The largest element; NaN where there is one.
+template <class T>
+struct peak_operation {
+  using A = accum_t<T>;
+  struct state {
+    A value;
+  };
+  static SSMLIB_DEVICE state none() { return {-std::numeric_limits<A>::infinity()}; }
+  static SSMLIB_DEVICE state merge(const state& a, const state& b) {
+    return {larger_or_nan(a.value, b.value)};
+  }
+  static SSMLIB_DEVICE void take(state& s, index_t, const numbers<T, row_group<T>>& x, int valid) {
+#pragma unroll
+    for (int i = 0; i < row_group<T>; ++i)
+      if (i < valid) s.value = larger_or_nan(s.value, widen(x.v[i]));
+  }
+};
+
 /// The largest element and where it stands: the first of equals, and of NaNs, which count as
 /// largest.
 template <class T>
@@ -158,27 +196,28 @@ struct softmax_operation {
   static SSMLIB_DEVICE state none() { return {-std::numeric_limits<double>::infinity(), 0.0}; }
   /// The sum as if `largest` were the larger one.
   static SSMLIB_DEVICE double rescaled(const state& s, double largest) {
-    return s.sum == 0 ? 0.0
-                      : s.sum * static_cast<double>(::exp(static_cast<A>(s.largest - largest)));
+    if (s.sum == 0) return 0.0;
+    return s.sum * static_cast<double>(exponential_for<T>(static_cast<A>(s.largest - largest)));
   }
-  static SSMLIB_DEVICE double larger(double a, double b) { return b > a || b != b ? b : a; }
+
   static SSMLIB_DEVICE state merge(const state& a, const state& b) {
-    const double largest = larger(a.largest, b.largest);
+    const double largest = larger_or_nan(a.largest, b.largest);
     return {largest, rescaled(a, largest) + rescaled(b, largest)};
   }
   static SSMLIB_DEVICE void take(state& s, index_t, const numbers<T, row_group<T>>& x, int valid) {
     A v[row_group<T>];
-    double largest = s.largest;
+    A group = -std::numeric_limits<A>::infinity();
 #pragma unroll
     for (int i = 0; i < row_group<T>; ++i) {
       v[i] = i < valid ? widen(x.v[i]) : -std::numeric_limits<A>::infinity();
-      largest = larger(largest, static_cast<double>(v[i]));
+      group = larger_or_nan(group, v[i]);
     }
+    const double largest = larger_or_nan(s.largest, static_cast<double>(group));
     if (largest == -std::numeric_limits<double>::infinity()) return;  // nothing but -infinity yet
     if (largest != s.largest) s = {largest, rescaled(s, largest)};
 #pragma unroll
     for (int i = 0; i < row_group<T>; ++i)
-      v[i] = ::exp(v[i] - static_cast<A>(largest));
+      v[i] = exponential_for<T>(v[i] - static_cast<A>(largest));
     s.sum += static_cast<double>(group_sum(v));
   }
 };
