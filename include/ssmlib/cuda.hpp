@@ -47,6 +47,7 @@
 #include <ssmlib/lower/cuda/gated_linear.hpp>
 #include <ssmlib/lower/cuda/gradients.hpp>
 #include <ssmlib/lower/cuda/gram.hpp>
+#include <ssmlib/lower/cuda/host_reference.hpp>
 #include <ssmlib/lower/cuda/kv_state.hpp>
 #include <ssmlib/lower/cuda/layout.hpp>
 #include <ssmlib/lower/cuda/matmul.hpp>
