@@ -41,7 +41,8 @@ tensor<T, R, cpu> elements<cuda>::to_host(const tensor<T, R, cuda>& t) {
   tensor<T, R, cpu> out(t.extents());
   const cuda::context ctx = cuda::current();
   const std::size_t bytes = static_cast<std::size_t>(t.size()) * sizeof(T);
-  if (ctx.is_dry_run()) std::memset(static_cast<void*>(out.data()), 0, bytes);  // what is read of results is 0
+  if (ctx.is_dry_run())
+    std::memset(static_cast<void*>(out.data()), 0, bytes);  // what is read of results is 0
   ctx.copy(out.data(), dense.data(), bytes, cudaMemcpyDeviceToHost);
   ctx.synchronize();
   return out;
