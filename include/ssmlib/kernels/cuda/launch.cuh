@@ -37,10 +37,7 @@ SSMLIB_DEVICE void let_next_kernel_start() {
 template <class P>
 void launch_overlapped(cudaStream_t stream, void (*kernel)(P), index_t blocks, int threads,
                        std::size_t shared, int cluster, const P& parameters) {
-  if (shared > 48 * 1024) {
-    SSMLIB_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared)));
-  }
+  allow_shared_memory_of(kernel, shared);
   // A multiprocessor divides its memory anew only when it is empty: kernels that are to overlap
   // must agree on the division.
   SSMLIB_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,

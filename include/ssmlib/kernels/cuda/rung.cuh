@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
+#include <string>
 
 /// @file
 /// What the current device and the code that was compiled for it can run. Kernels of the sm_90a
@@ -68,6 +70,21 @@ static __global__ __launch_bounds__(SSMLIB_DETAIL_PROBE_THREADS) void rung_probe
 /// Bytes of shared memory that a block can have: 99 KiB or more from compute capability 8.0 on.
 [[nodiscard]] inline int shared_bytes_of_block() {
   return detail::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+/// Lets blocks of a kernel have this much shared memory.
+/// @throws backend_error  the device has less
+template <class Kernel>
+void allow_shared_memory_of(Kernel kernel, std::size_t bytes) {
+  if (bytes <= 48 * 1024) return;
+  if (bytes > static_cast<std::size_t>(shared_bytes_of_block())) {
+    throw backend_error("ssm: a kernel needs " + std::to_string(bytes) +
+                        " bytes of shared memory a block, but this device has " +
+                        std::to_string(shared_bytes_of_block()) +
+                        "; use a smaller element type or fewer keys");
+  }
+  SSMLIB_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(bytes)));
 }
 
 }  // namespace ssm::kernels::cuda
