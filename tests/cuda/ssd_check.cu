@@ -587,7 +587,7 @@ double copy_rate(cudaStream_t stream) {
   return 2.0 * static_cast<double>(bytes) / ms * 1e-9;
 }
 
-void check_all(bool quick) {
+void check_all(bool small) {
   const std::vector<shape> shapes = {
       {"one token", {1}, 2, 1, 1, 2, 128, 64, decay::dt, true},
       {"one chunk", {64}, 2, 1, 1, 2, 128, 64, decay::log_a},
@@ -611,7 +611,7 @@ void check_all(bool quick) {
       {"odd sizes", {1009}, 7, 7, 7, 7, 24, 40, decay::dt, true}};
   unsigned seed = 1;
   for (const shape& c : shapes) {
-    if (quick && (c.lengths[0] > 600 || c.lengths.size() > 9)) continue;
+    if (small && (c.lengths[0] > 600 || c.lengths.size() > 9)) continue;
     check_forward<bf16>(c, seed++);
     if (c.lengths[0] > 1009) continue;
     check_forward<float>(c, seed++);
@@ -661,10 +661,10 @@ void check_bits() {
   std::printf("%-34s bf16  20 runs, forward and backward  ok\n", c.name);
 }
 
-/// `quick`: small sizes and no timing, as a checker of memory wants it.
-int run(bool quick) {
-  check_all(quick);
-  if (quick) return failed ? 1 : 0;
+/// `small`: small sizes and no timing, as a checker of memory wants it.
+int run(bool small) {
+  check_all(small);
+  if (small) return failed ? 1 : 0;
   check_bits();
   cudaStream_t stream;
   SSMLIB_CHECK_CUDA(cudaStreamCreate(&stream));
@@ -691,7 +691,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
-    return run(argc > 1 && std::strcmp(argv[1], "quick") == 0);
+    return run(argc > 1 && std::strcmp(argv[1], "--small") == 0);
   } catch (const std::exception& e) {
     std::printf("%s\n", e.what());
     return 1;
