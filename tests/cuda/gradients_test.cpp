@@ -3,7 +3,9 @@
 #include <ssmlib/cuda.hpp>
 #include <ssmlib/ssmlib.hpp>
 
+#include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -33,8 +35,9 @@ template <class T, class B, class F>
 std::vector<tensor<double, 1>> gradients_of(F f, int passes) {
   using W = accum_t<T>;
   // The same numbers for all types: those that bf16 holds.
-  const auto numbers = []<int R>(const shape<R>& extents, std::uint64_t seed) {
-    return cast<float>(cast<bf16>(uniform<float, R>(extents, -1, 1, seed)));
+  const auto numbers = []<std::size_t R>(const std::array<index_t, R>& extents,
+                                         std::uint64_t seed) {
+    return cast<float>(cast<bf16>(uniform<float, static_cast<int>(R)>(extents, -1, 1, seed)));
   };
   const auto operand = [&](std::uint64_t seed) {
     return on_backend<B>(cast<T>(numbers(shape<3>{2, 5, 24}, seed)));
