@@ -4,6 +4,7 @@
 #include <ssmlib/backend/cpu_memory.hpp>
 #include <ssmlib/backend/cuda_error.hpp>
 #include <ssmlib/backend/memory_block.hpp>
+#include <ssmlib/backend/unwritten_memory.hpp>
 
 #include <cuda_runtime_api.h>
 
@@ -13,6 +14,8 @@
 #include <utility>
 
 namespace ssm {
+
+class cuda_allocator;
 
 namespace detail {
 struct cuda_state;
@@ -32,6 +35,13 @@ class workspace_scope {
   inline static thread_local bool active_ = false;
   bool before_;
 };
+
+/// A block of device memory.
+struct cuda_block : memory_block {
+  std::shared_ptr<cuda_state> owner;
+  std::shared_ptr<cuda_allocator> source;       ///< absent: the owner's pool
+  std::unique_ptr<unwritten_memory> unwritten;  ///< while it stands for zeros, else null
+};
 }  // namespace detail
 
 class cuda_dry_run;
@@ -39,9 +49,10 @@ class cuda_dry_run;
 /// Where tensors of the CUDA backend get their bytes: the pool of the calling thread's current
 /// context, in the order of its stream.
 struct cuda_memory {
+  using block = detail::cuda_block;
   /// @throws backend_error  out of memory; names the bytes asked for, free and total. The context
   ///                        stays usable.
-  [[nodiscard]] static memory_block* create(std::size_t bytes);
+  [[nodiscard]] static block* create(std::size_t bytes);
   /// Frees after the work that the block's context has been given so far.
   static void destroy(memory_block* block) noexcept;
 };

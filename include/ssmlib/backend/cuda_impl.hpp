@@ -73,11 +73,6 @@ struct cuda_state {
   cuda_state& operator=(const cuda_state&) = delete;
 };
 
-struct cuda_block : memory_block {
-  std::shared_ptr<cuda_state> owner;
-  std::shared_ptr<cuda_allocator> source;  // absent: the owner's pool
-};
-
 /// The current context of this thread; none means the default one.
 inline thread_local std::shared_ptr<cuda_state> current_cuda;
 
@@ -169,7 +164,7 @@ SSMLIB_INLINE std::shared_ptr<void>& cuda::context::transforms() const {
   return state_->transforms;
 }
 
-SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
+SSMLIB_INLINE cuda_memory::block* cuda_memory::create(std::size_t bytes) {
   const auto owner = cuda::current().state_;
   const detail::device_guard guard(owner->device);
   auto block = std::make_unique<detail::cuda_block>();
