@@ -32,7 +32,7 @@ struct cuda_state {
   int device = 0, arch = 0, arch_cap = std::numeric_limits<int>::max();
   cudaStream_t stream = nullptr;
   cudaMemPool_t pool = nullptr;
-  bool allow_tf32 = false;
+  bool allow_tf32 = false, is_dry_run = false;
   std::shared_ptr<cuda_allocator> allocator;  // absent: the pool
   std::shared_ptr<void> products, transforms;
 
@@ -106,6 +106,7 @@ SSMLIB_INLINE void cuda::context::set_arch_cap(int arch) const {
 }
 
 SSMLIB_INLINE void cuda::context::synchronize() const {
+  if (is_dry_run()) return;
   SSMLIB_CHECK_CUDA(cudaStreamSynchronize(state_->stream));
 }
 
@@ -134,6 +135,14 @@ SSMLIB_INLINE void cuda::context::trim() const {
 
 SSMLIB_INLINE cudaMemPool_t cuda::context::pool() const {
   return state_->pool;
+}
+SSMLIB_INLINE void cuda::context::copy(void* to, const void* from, std::size_t bytes,
+                                       cudaMemcpyKind kind) const {
+  if (bytes == 0 || is_dry_run()) return;
+  SSMLIB_CHECK_CUDA(cudaMemcpyAsync(to, from, bytes, kind, state_->stream));
+}
+SSMLIB_INLINE bool cuda::context::is_dry_run() const {
+  return state_->is_dry_run;
 }
 SSMLIB_INLINE void cuda::context::set_allocator(std::shared_ptr<cuda_allocator> allocator) const {
   state_->allocator = std::move(allocator);
