@@ -136,6 +136,7 @@ struct cuda_ssd {
     p.offsets = layout.offsets;
     p.sequences = layout.sequences;
     p.max_length = layout.max_length;
+    p.most = kernels::cuda::rung_of(ctx.arch());
   }
   void set_gram(const tensor<T, 4, cuda>& q4, const tensor<T, 4, cuda>& k4, double alpha) {
     q = input_tokens(q4);

@@ -34,6 +34,7 @@ struct cuda_attention {
     p.scale = m.logits.alpha;
     p.causal = m.is_causal;
     p.window = m.window;
+    p.most = kernels::cuda::rung_of(ctx.arch());
   }
 
   tensor<T, 3, cuda> q, k, v;

@@ -77,6 +77,7 @@ class cuda_softmax_panels final : public matrix_panels<T, cuda> {
     p.scale = mixer_.logits.alpha;
     p.causal = mixer_.is_causal;
     p.window = mixer_.window;
+    p.most = kernels::cuda::rung_of(ctx.arch());
     const tensor<T, 3, cuda> unused(layout_.tokens(), heads_, p.v.extent(2));
     kernels::cuda::attention_forward<T>(ctx.stream(), p, unused.view(), log_sum_.view());
   }

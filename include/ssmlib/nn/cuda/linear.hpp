@@ -37,6 +37,7 @@ void linear_in_fixed_order(const cuda::context& ctx, const tensor<T, 2, cuda>& x
     p.w = w.const_view();
     p.y = y.slice(0, first, last).view();
     p.bias = bias.data();
+    p.most = kernels::cuda::rung_of(ctx.arch());
     const cuda_workspace workspace(ctx, kernels::cuda::skinny_workspace_bytes(p));
     kernels::cuda::skinny_forward(ctx.stream(), p, workspace.data());
   }
