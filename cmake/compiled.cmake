@@ -63,6 +63,7 @@ set(ssmlib_families
     distillation=ssmlib/distill/matrix_orientation.hpp
     distillation=ssmlib/distill/mohawk.hpp
     mohawk=ssmlib/distill/mohawk_impl.hpp
+    matrix_orientation=ssmlib/distill/matrix_orientation_impl.hpp
     weight_transfer=ssmlib/distill/weight_transfer_impl.hpp
     decoding=ssmlib/decode/generate.hpp
     decoding=ssmlib/decode/speculate.hpp

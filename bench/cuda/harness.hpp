@@ -18,12 +18,25 @@ namespace cuda_bench {
 /// One row: what is run, what it must at least read, write and compute, and what others need.
 struct row {
   std::string name;
-  std::function<void()> run;   ///< queues the work once on the context's stream
+  std::function<void()> run;   ///< queues the work once on the context's stream, see made_first
   double bytes = 0;            ///< the fewest that can move
   double flops = 0;            ///< of matrix products
   std::optional<double> peer;  ///< milliseconds of the best peer, measured on another H100
   std::optional<double> goal;  ///< milliseconds
 };
+
+/// A row's work whose data are made when it is run first: make() returns what queues the work. So a
+/// row that nobody asks for costs nothing, and a row's data live as long as its `run`.
+template <class Make>
+[[nodiscard]] std::function<void()> made_first(const ssm::cuda::context& ctx, Make make) {
+  return [&ctx, make, run = std::function<void()>{}]() mutable {
+    if (!run) {
+      const ssm::cuda::scope scope(ctx);
+      run = make();
+    }
+    run();
+  };
+}
 
 /// Milliseconds of one run: the median of `repeats` event-timed batches of about `batch_ms` each,
 /// after a warm-up.
@@ -45,8 +58,11 @@ template <int R>
 }
 
 void add_ssd_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
+void add_length_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_attention_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_selective_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
+void add_convolution_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
+void add_gated_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_training_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 
 }  // namespace cuda_bench

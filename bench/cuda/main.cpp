@@ -6,6 +6,17 @@
 #include <cstdio>
 #include <cstring>
 
+namespace {
+
+constexpr auto all_rows = {
+    cuda_bench::add_ssd_rows,       cuda_bench::add_attention_rows,
+    cuda_bench::add_selective_rows, cuda_bench::add_convolution_rows,
+    cuda_bench::add_gated_rows,     cuda_bench::add_training_rows,
+    cuda_bench::add_length_rows,
+};
+
+}  // namespace
+
 int main(int argc, char** argv) {
   using namespace cuda_bench;
   if (ssm::cuda::device_count() == 0) {
@@ -14,13 +25,30 @@ int main(int argc, char** argv) {
         stderr);
     return 2;
   }
-  const char* filter = argc > 1 ? argv[1] : "";
+  const bool is_once = argc > 1 && std::strcmp(argv[1], "--once") == 0;
+  const char* filter = argc > 1 + is_once ? argv[1 + is_once] : "";
   if (std::strcmp(filter, "--help") == 0) {
-    std::puts("usage: ssmlib_cuda_bench [PART OF A ROW'S NAME]");
+    std::puts(
+        "usage: ssmlib_cuda_bench [--once] [PART OF A ROW'S NAME]\n"
+        "  --once  runs each row once and prints no times: for a profiler");
     return 0;
   }
   try {
     const ssm::cuda::context ctx;
+    const auto is_wanted = [&](const row& r) { return r.name.find(filter) != std::string::npos; };
+    if (is_once) {
+      for (const auto add : all_rows) {
+        std::vector<row> rows;
+        add(rows, ctx);
+        for (row& r : rows) {
+          if (!is_wanted(r)) continue;
+          r.run();
+          ctx.synchronize();
+          r.run = {};
+        }
+      }
+      return 0;
+    }
     cudaDeviceProp device{};
     SSMLIB_CHECK_CUDA(cudaGetDeviceProperties(&device, ctx.device()));
     const ceilings top = measure_ceilings(ctx);
@@ -28,13 +56,13 @@ int main(int argc, char** argv) {
                 device.multiProcessorCount, top.copy / 1e12, top.gemm / 1e12);
     std::printf("%-56s %9s %9s %7s %7s %9s %6s %9s %6s\n", "", "ms", "floor ms", "bytes%", "flops%",
                 "peer ms", "x", "goal ms", "x");
-    for (const auto add :
-         {add_ssd_rows, add_attention_rows, add_selective_rows, add_training_rows}) {
+    for (const auto add : all_rows) {
       std::vector<row> rows;
       add(rows, ctx);
-      for (const row& r : rows) {
-        if (r.name.find(filter) == std::string::npos) continue;
+      for (row& r : rows) {
+        if (!is_wanted(r)) continue;
         const double ms = time_of(ctx, r.run);
+        r.run = {};  // with its data
         const double by_bytes = 1e3 * r.bytes / top.copy, by_flops = 1e3 * r.flops / top.gemm;
         std::printf("%-56s %9.4f %9.4f %7.1f %7.1f", r.name.c_str(), ms,
                     std::max(by_bytes, by_flops), 100 * by_bytes / ms, 100 * by_flops / ms);

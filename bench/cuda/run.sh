@@ -22,9 +22,14 @@ for ((round = 1; round <= rounds; ++round)); do
     echo "run.sh: no torch with CUDA here; ours alone"
   fi
 done
+if command -v ncu >/dev/null; then
+  echo "== kernels: threads a block, registers a thread, shared bytes, occupancy by the launch in %"
+  ncu --section LaunchStats --section Occupancy --csv "$program" --once "$@" 2>/dev/null |
+    python3 "$here/kernels.py" || echo "run.sh: ncu could not read this device"
+fi
 if command -v cuobjdump >/dev/null; then
-  echo "== registers, shared memory, spilled bytes (local) of the kernels"
+  echo "== kernels that spill registers (bytes of local memory)"
   cuobjdump -res-usage "$program" 2>/dev/null |
-    sed -nE '/Function/{s/.*Function ([^:]*):.*/\1/;h};/REG:/{s/.*REG:([0-9]+) STACK:([0-9]+) SHARED:([0-9]+) LOCAL:([0-9]+).*/\1 registers, \3 shared, \2 stack/;G;s/\n/  /;p}' |
-    c++filt | sort -k5 | cut -c1-150
+    sed -nE '/Function/{s/.*Function ([^:]*):.*/\1/;h};/REG:/{s/.*REG:([0-9]+) STACK:([0-9]+) .*LOCAL:([0-9]+).*/\3 local, \2 stack, \1 registers/;G;s/\n/  /;p}' |
+    c++filt | awk '$1 > 0 || $3 > 0' | sort -rn | cut -c1-160
 fi

@@ -6,8 +6,11 @@
 /// kernels by their own names. These headers are plain C++: link ssmlib::cuda_compiled, or include
 /// the .cuh files beside kernels/cuda/*.hpp where nvcc compiles the whole program.
 
+#include <ssmlib/distill/cuda/hidden_state_alignment.hpp>
+#include <ssmlib/distill/cuda/matrix_orientation.hpp>
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/kernels/cuda/attention_decode.hpp>
+#include <ssmlib/kernels/cuda/channels.hpp>
 #include <ssmlib/kernels/cuda/conv1d.hpp>
 #include <ssmlib/kernels/cuda/conv1d_step.hpp>
 #include <ssmlib/kernels/cuda/cross_entropy.hpp>
@@ -20,6 +23,7 @@
 #include <ssmlib/kernels/cuda/gemm.hpp>
 #include <ssmlib/kernels/cuda/l2_normalize.hpp>
 #include <ssmlib/kernels/cuda/loss_values.hpp>
+#include <ssmlib/kernels/cuda/matrix_distance.hpp>
 #include <ssmlib/kernels/cuda/mlp.hpp>
 #include <ssmlib/kernels/cuda/norm.hpp>
 #include <ssmlib/kernels/cuda/optimizer.hpp>
@@ -41,6 +45,7 @@
 #include <ssmlib/lower/cuda/feature_map.hpp>
 #include <ssmlib/lower/cuda/gated_linear.hpp>
 #include <ssmlib/lower/cuda/gradients.hpp>
+#include <ssmlib/lower/cuda/gram.hpp>
 #include <ssmlib/lower/cuda/kv_state.hpp>
 #include <ssmlib/lower/cuda/layout.hpp>
 #include <ssmlib/lower/cuda/matmul.hpp>
@@ -50,8 +55,15 @@
 #include <ssmlib/lower/cuda/selective.hpp>
 #include <ssmlib/lower/cuda/semiseparable.hpp>
 #include <ssmlib/lower/cuda/softmax.hpp>
+#include <ssmlib/lower/cuda/toeplitz.hpp>
+#include <ssmlib/lower/cuda/user_mask.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/lower/cuda/wrappers.hpp>
+#include <ssmlib/mixer/cuda/matrix_panels.hpp>
+#include <ssmlib/mixer/cuda/panels.hpp>
+#include <ssmlib/mixer/cuda/product_panels.hpp>
+#include <ssmlib/mixer/cuda/semiseparable_panels.hpp>
+#include <ssmlib/mixer/cuda/softmax_panels.hpp>
 #include <ssmlib/nn/cuda/conv1d.hpp>
 #include <ssmlib/nn/cuda/discretize.hpp>
 #include <ssmlib/nn/cuda/embedding.hpp>

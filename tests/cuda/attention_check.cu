@@ -22,7 +22,7 @@ using ssm::bf16;
 using ssm::index_t;
 using ssm::view;
 namespace cuda = ssm::kernels::cuda;
-using cuda::attention_rung;
+using cuda::rung;
 
 // ----------------------------------------------------------------------------------- memory
 
@@ -80,7 +80,7 @@ struct shape_case {
   std::vector<index_t> lengths, key_lengths;  // key_lengths empty: as lengths
   bool packed, causal;
   index_t window = 0;
-  attention_rung rung = attention_rung::automatic;
+  rung most = rung::sm_90a;
   index_t poisoned = -1;  // a sequence of NaN, which must not reach the others
 };
 
@@ -245,6 +245,18 @@ std::vector<T> converted(const std::vector<double>& x, const std::vector<index_t
   return to;
 }
 
+/// ||a - b|| / ||b|| over the numbers that are there.
+double distance_of(const std::vector<bf16>& a, const std::vector<bf16>& b) {
+  double difference = 0, norm = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const double x = value_of(a[i]), y = value_of(b[i]);
+    if (std::isnan(x) && std::isnan(y)) continue;
+    difference += (x - y) * (x - y);
+    norm += y * y;
+  }
+  return norm == 0 ? difference : std::sqrt(difference / norm);
+}
+
 template <class T>
 run_result<T> run_case(const shape_case& c, const case_data& d, double scale) {
   const index_t n = d.offsets.back(), m = d.key_offsets.back(), H = c.heads;
@@ -268,7 +280,7 @@ run_result<T> run_case(const shape_case& c, const case_data& d, double scale) {
   p.scale = scale;
   p.causal = c.causal;
   p.window = c.window;
-  p.rung = c.rung;
+  p.most = c.most;
   const buffer<T> y(n * H * c.value_size), dq(n * c.q_heads * c.size), dk(m * c.k_heads * c.size),
       dv(m * c.v_heads * c.value_size);
   using stat = cuda::attention_stat<T>;
@@ -287,9 +299,7 @@ run_result<T> run_case(const shape_case& c, const case_data& d, double scale) {
 }
 
 template <class T>
-void check(const char* name, const shape_case& c, unsigned seed) {
-  const double scale = 1.0 / std::sqrt(static_cast<double>(c.size));
-  const case_data d = make_case<T>(c, scale, seed);
+run_result<T> check(const char* name, const shape_case& c, const case_data& d, double scale) {
   const run_result<T> out = run_case<T>(c, d, scale), again = run_case<T>(c, d, scale);
   const double e[5] = {error_of(out.y, d.y, d.offsets, c.poisoned),
                        c.poisoned >= 0 ? 0 : error_of(out.log_sum, d.log_sum, d.offsets, -1),
@@ -304,11 +314,34 @@ void check(const char* name, const shape_case& c, unsigned seed) {
   if (!good) ++failures;
   std::printf("%-4s %-34s %8.1e %8.1e %8.1e %8.1e %8.1e %s\n", good ? "ok" : "FAIL", name, e[0],
               e[1], e[2], e[3], e[4], bits ? "" : "bits differ between runs");
+  return out;
+}
+template <class T>
+void check(const char* name, const shape_case& c, unsigned seed) {
+  const double scale = 1.0 / std::sqrt(static_cast<double>(c.size));
+  check<T>(name, c, make_case<T>(c, scale, seed), scale);
+}
+
+/// Both rungs of the tensor cores, where the card has both, and how far they are apart.
+void check_rungs(const char* what, shape_case c, unsigned seed) {
+  const double scale = 1.0 / std::sqrt(static_cast<double>(c.size));
+  const case_data d = make_case<bf16>(c, scale, seed);
+  const std::string name = "bf16 D" + std::to_string(c.size) + " " + what;
+  c.most = rung::sm_80;
+  const run_result<bf16> low = check<bf16>(("80  " + name).c_str(), c, d, scale);
+  if (cuda::usable_rung(rung::sm_90a) != rung::sm_90a) return;
+  c.most = rung::sm_90a;
+  const run_result<bf16> high = check<bf16>(("90a " + name).c_str(), c, d, scale);
+  const double e[4] = {distance_of(low.y, high.y), distance_of(low.dq, high.dq),
+                       distance_of(low.dk, high.dk), distance_of(low.dv, high.dv)};
+  const bool good = e[0] < 4e-3 && e[1] < 8e-3 && e[2] < 8e-3 && e[3] < 8e-3;
+  if (!good) ++failures;
+  std::printf("%-4s %-34s %8.1e %8s %8.1e %8.1e %8.1e\n", good ? "ok" : "FAIL", "  80 to 90a", e[0],
+              "", e[1], e[2], e[3]);
 }
 
 void check_all() {
   using v = std::vector<index_t>;
-  const auto general = attention_rung::general, hopper = attention_rung::hopper;
   std::printf("%-4s %-34s %8s %8s %8s %8s %8s\n", "", "case", "y", "log_sum", "dq", "dk", "dv");
   check<double>("f64 causal 2x37 D40", {4, 4, 2, 2, 40, 40, v{37, 37}, {}, false, true}, 1);
   check<double>("f64 window heads 4/2/1 D24 P70",
@@ -320,38 +353,34 @@ void check_all() {
                {2, 2, 2, 2, 256, 256, v{30, 64}, v{130, 100}, true, true, 50}, 5);
   check<float>("f32 keys shorter D31", {2, 2, 2, 2, 31, 31, v{90, 64}, v{40, 30}, true, true}, 6);
   check<bf16>("bf16 general T1009 H7 D40 P24",
-              {7, 7, 7, 7, 40, 24, v{1009}, {}, false, true, 0, general}, 7);
+              {7, 7, 7, 7, 40, 24, v{1009}, {}, false, true, 0, rung::general}, 7);
   for (const index_t size : {64, 96, 128}) {
-    const std::string s = "bf16 hopper D" + std::to_string(size) + " ";
-    const auto run = [&](const char* what, shape_case c, unsigned seed) {
-      c.rung = hopper;
-      check<bf16>((s + what).c_str(), c, seed);
-    };
-    run("full 2x256", {4, 4, 2, 2, size, size, v{256, 256}, {}, false, false}, 10);
-    run("causal 2x512 8/2", {8, 8, 2, 2, size, size, v{512, 512}, {}, false, true}, 11);
-    run("causal 1x1", {1, 1, 1, 1, size, size, v{1}, {}, false, true}, 12);
-    run("full 3x333 MQA", {4, 4, 1, 1, size, size, v{333, 333, 333}, {}, false, false}, 13);
-    run("window 1x700", {2, 2, 2, 2, size, size, v{700}, {}, false, true, 130}, 14);
-    run("window 1 1x300", {2, 2, 2, 2, size, size, v{300}, {}, false, true, 1}, 15);
-    run("causal packed", {4, 4, 2, 2, size, size, v{100, 0, 1, 400, 129}, {}, true, true}, 16);
-    run("full packed, NaN beside",
-        {4, 4, 2, 2, size, size, v{100, 70, 1, 300}, {}, true, false, 0, hopper, 1}, 17);
-    run("causal packed, NaN beside",
-        {4, 4, 2, 2, size, size, v{100, 70, 1, 300}, {}, true, true, 0, hopper, 3}, 18);
-    run("keys longer 2x(100, 333)", {2, 2, 1, 1, size, size, v{100, 100}, v{333, 333}, false, true},
-        19);
-    run("keys shorter packed", {2, 2, 2, 2, size, size, v{200, 300, 5}, v{70, 130, 0}, true, true},
-        20);
-    run("window keys longer packed",
-        {2, 2, 2, 2, size, size, v{200, 30}, v{270, 300}, true, true, 77}, 21);
+    check_rungs("full 2x256", {4, 4, 2, 2, size, size, v{256, 256}, {}, false, false}, 10);
+    check_rungs("causal 2x512 8/2", {8, 8, 2, 2, size, size, v{512, 512}, {}, false, true}, 11);
+    check_rungs("causal 1x1", {1, 1, 1, 1, size, size, v{1}, {}, false, true}, 12);
+    check_rungs("full 3x333 MQA", {4, 4, 1, 1, size, size, v{333, 333, 333}, {}, false, false}, 13);
+    check_rungs("window 1x700", {2, 2, 2, 2, size, size, v{700}, {}, false, true, 130}, 14);
+    check_rungs("window 1 1x300", {2, 2, 2, 2, size, size, v{300}, {}, false, true, 1}, 15);
+    check_rungs("causal packed", {4, 4, 2, 2, size, size, v{100, 0, 1, 400, 129}, {}, true, true},
+                16);
+    check_rungs("full packed, NaN beside",
+                {4, 4, 2, 2, size, size, v{100, 70, 1, 300}, {}, true, false, 0, rung::sm_90a, 1},
+                17);
+    check_rungs("causal packed, NaN beside",
+                {4, 4, 2, 2, size, size, v{100, 70, 1, 300}, {}, true, true, 0, rung::sm_90a, 3},
+                18);
+    check_rungs("keys longer 2x(100, 333)",
+                {2, 2, 1, 1, size, size, v{100, 100}, v{333, 333}, false, true}, 19);
+    check_rungs("keys shorter packed",
+                {2, 2, 2, 2, size, size, v{200, 300, 5}, v{70, 130, 0}, true, true}, 20);
+    check_rungs("window keys longer packed",
+                {2, 2, 2, 2, size, size, v{200, 30}, v{270, 300}, true, true, 77}, 21);
   }
-  check<bf16>("bf16 hopper T1009 H7 D40 P24",
-              {7, 7, 7, 7, 40, 24, v{1009}, {}, false, true, 0, hopper}, 30);
-  check<bf16>("bf16 hopper D80 P112",
-              {6, 6, 3, 3, 80, 112, v{257, 257}, {}, false, true, 0, hopper}, 31);
-  check<bf16>("bf16 D256 causal", {4, 4, 2, 2, 256, 256, v{300, 300}, {}, false, true}, 32);
-  check<bf16>("bf16 D192 P128 packed", {4, 4, 2, 2, 192, 128, v{300, 131}, {}, true, false}, 33);
-  check<bf16>("bf16 heads 4/2/1", {4, 2, 1, 4, 64, 64, v{200}, {}, false, true}, 34);
+  check_rungs("P24 T1009 H7", {7, 7, 7, 7, 40, 24, v{1009}, {}, false, true}, 30);
+  check_rungs("P112", {6, 6, 3, 3, 80, 112, v{257, 257}, {}, false, true}, 31);
+  check_rungs("causal", {4, 4, 2, 2, 256, 256, v{300, 300}, {}, false, true}, 32);
+  check_rungs("P128 packed", {4, 4, 2, 2, 192, 128, v{300, 131}, {}, true, false}, 33);
+  check_rungs("heads 4/2/1", {4, 2, 1, 4, 64, 64, v{200}, {}, false, true}, 34);
 }
 
 // -------------------------------------------------------- large sizes, against the general path
@@ -386,7 +415,8 @@ struct large_problem {
   cuda::attention_problem<T> problem;
   buffer<unsigned char> workspace{0};
 
-  large_problem(index_t sequences, index_t length, index_t h, index_t g, index_t d, index_t window)
+  large_problem(index_t sequences, index_t length, index_t h, index_t g, index_t d, index_t window,
+                rung most = rung::sm_90a)
       : tokens(sequences * length),
         heads(h),
         groups(g),
@@ -400,11 +430,13 @@ struct large_problem {
         dk(tokens * g * d),
         dv(tokens * g * d),
         log_sum(tokens * h),
-        problem(make(sequences, length, window)),
+        problem(make(sequences, length, window, most)),
         workspace(static_cast<index_t>(cuda::attention_backward_workspace_bytes(problem))) {}
 
-  cuda::attention_problem<T> make(index_t sequences, index_t length, index_t window) const {
+  cuda::attention_problem<T> make(index_t sequences, index_t length, index_t window,
+                                  rung most) const {
     cuda::attention_problem<T> p;
+    p.most = most;
     p.q = dense<const T>(q.get(), tokens, heads, size);
     p.k = dense<const T>(k.get(), tokens, groups, size);
     p.v = dense<const T>(v.get(), tokens, groups, size);
@@ -455,8 +487,8 @@ double distance(const buffer<bf16>& a, const buffer<float>& b) {
 }
 
 void check_large(const char* name, index_t sequences, index_t length, index_t heads, index_t groups,
-                 index_t size, index_t window) {
-  const large_problem<bf16> p(sequences, length, heads, groups, size, window);
+                 index_t size, index_t window, rung most) {
+  const large_problem<bf16> p(sequences, length, heads, groups, size, window, most);
   const large_problem<float> r(sequences, length, heads, groups, size, window);
   fill(p);
   const index_t n = p.tokens * heads * size, m = p.tokens * groups * size;
@@ -475,6 +507,12 @@ void check_large(const char* name, index_t sequences, index_t length, index_t he
   if (!good) ++failures;
   std::printf("%-4s %-34s %8.1e %8s %8.1e %8.1e %8.1e\n", good ? "ok" : "FAIL", name, e[0], "",
               e[1], e[2], e[3]);
+}
+
+/// The rungs of the tensor cores that this card has.
+std::vector<rung> rungs() {
+  if (cuda::usable_rung(rung::sm_90a) == rung::sm_90a) return {rung::sm_90a, rung::sm_80};
+  return {rung::sm_80};
 }
 
 // ----------------------------------------------------------------------------------- timings
@@ -520,7 +558,7 @@ struct peer_times {
   double flash_forward, cudnn_forward, flash_both, cudnn_both;
 };
 
-void time_all() {
+void time_all(rung most) {
   const index_t bytes = index_t{1} << 30;
   double rate = 0;
   {
@@ -530,8 +568,9 @@ void time_all() {
     });
     rate = 2e-9 * static_cast<double>(bytes) / ms;  // TB/s
   }
-  std::printf("\ncopy %.2f TB/s; causal, 32 heads, 8 key heads, 16384 tokens; milliseconds\n",
-              rate);
+  std::printf(
+      "\nrung %s; copy %.2f TB/s; causal, 32 heads, 8 key heads, 16384 tokens; milliseconds\n",
+      most == rung::sm_90a ? "sm_90a" : "sm_80", rate);
   std::printf("%4s %6s | %7s %6s %7s %7s %6s | %7s %6s %7s %7s | %7s %7s %7s\n", "D", "T", "fwd",
               "TF/s", "flash-2", "cuDNN", "floor%", "bwd", "TF/s", "dq", "dk+dv", "fwd+bwd",
               "flash-2", "cuDNN");
@@ -540,7 +579,7 @@ void time_all() {
                               {64, 2048, 0.519, 0.347, 2.38, 2.37},
                               {64, 16384, 3.63, 2.33, 16.5, 9.73}};
   for (const peer_times& peer : peers) {
-    const large_problem<bf16> p(16384 / peer.length, peer.length, 32, 8, peer.size, 0);
+    const large_problem<bf16> p(16384 / peer.length, peer.length, 32, 8, peer.size, 0, most);
     fill(p);
     const double forward = time_of([&](cudaStream_t s) { p.forward(s); });
     const double backward = time_of([&](cudaStream_t s) { p.backward(s); });
@@ -574,12 +613,16 @@ int main(int argc, char** argv) {
     const std::string only = argc > 1 ? argv[1] : "";  // --small, as under a sanitizer, or --time
     if (only != "--time") check_all();
     if (only.empty()) {
-      check_large("bf16 1x2048 32/8 D128", 1, 2048, 32, 8, 128, 0);
-      check_large("bf16 1x4096 8/2 D64", 1, 4096, 8, 2, 64, 0);
-      check_large("bf16 T 2^20+1 window 200 D64", 1, (1 << 20) + 1, 1, 1, 64, 200);
-      check_large("bf16 70001 sequences of 5 D64", 70001, 5, 1, 1, 64, 0);
+      for (const rung r : rungs()) {
+        const std::string s = r == rung::sm_90a ? "90a " : "80  ";
+        check_large((s + "bf16 1x2048 32/8 D128").c_str(), 1, 2048, 32, 8, 128, 0, r);
+        check_large((s + "bf16 1x4096 8/2 D64").c_str(), 1, 4096, 8, 2, 64, 0, r);
+        check_large((s + "bf16 T 2^20+1 window 200").c_str(), 1, (1 << 20) + 1, 1, 1, 64, 200, r);
+        check_large((s + "bf16 70001 sequences of 5").c_str(), 70001, 5, 1, 1, 64, 0, r);
+      }
     }
-    if (only != "--small") time_all();
+    for (const rung r : rungs())
+      if (only != "--small") time_all(r);
   } catch (const std::exception& e) {
     std::printf("FAIL %s\n", e.what());
     return 1;

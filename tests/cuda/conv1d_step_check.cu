@@ -39,7 +39,8 @@ void check(table& results, const conv_case& s) {
   for (const index_t n : s.lengths)
     offsets.push_back(offsets.back() + n);
   const index_t tokens = offsets.back();
-  rows_buffer<T> x(tokens, C, 4), weight(C, W), bias(1, C), y(tokens, C, 4);
+  rows_buffer<T> x(tokens, C, 4), y(tokens, C, 4);
+  rows_buffer<accum_t<T>> weight(C, W), bias(1, C);
   rows_buffer<T> ring(sequences * slots, C), split_ring(sequences * slots, C);
   const auto hx = x.fill(1, -1, 1), hw = weight.fill(2, -1, 1), hb = bias.fill(3, -1, 1);
   std::vector<double> wanted(tokens * C);
@@ -113,11 +114,14 @@ void check(table& results, const conv_case& s) {
 void measure(index_t sequences, index_t tokens, double copy) {
   using T = bf16;
   const index_t C = 5376, W = 4, rows = 8;
-  rows_buffer<T> x(sequences * tokens, C), y(sequences * tokens, C), weight(C, W), bias(1, C);
+  rows_buffer<T> x(sequences * tokens, C), y(sequences * tokens, C);
+  rows_buffer<float> weight(C, W), bias(1, C);
   const index_t layers =
       std::clamp<index_t>((index_t{400} << 20) / (sequences * rows * C * 2), 1, 64);
   rows_buffer<T> ring(layers * sequences * rows, C);
-  for (auto* r : {&x, &weight, &bias, &ring})
+  for (auto* r : {&x, &ring})
+    r->fill_device(3, -1, 1);
+  for (auto* r : {&weight, &bias})
     r->fill_device(3, -1, 1);
   const buffer<index_t> position(std::vector<index_t>(sequences, 100));
   const double ms =
@@ -138,7 +142,7 @@ void measure(index_t sequences, index_t tokens, double copy) {
       }) /
       static_cast<double>(layers);
   const double kept = static_cast<double>(std::min(rows, tokens));
-  const double bytes = 2.0 * sequences * C * (2.0 * tokens + W - 1 + kept) + 2.0 * C * (W + 1);
+  const double bytes = 2.0 * sequences * C * (2.0 * tokens + W - 1 + kept) + 4.0 * C * (W + 1);
   std::printf("conv b%lld, %lld tokens: %.4f ms (%.0f%% of copy)\n",
               static_cast<long long>(sequences), static_cast<long long>(tokens), ms,
               100 * bytes / copy * 1e3 / ms);

@@ -54,7 +54,8 @@ struct product_data {
         dnorm(norm) {}
 
   /// The product of rows [first, first + m).
-  [[nodiscard]] std::vector<Y> run(cudaStream_t stream, index_t first, index_t m) {
+  [[nodiscard]] std::vector<Y> run(cudaStream_t stream, index_t first, index_t m,
+                                   rung most = rung::sm_90a) {
     skinny_problem<X, W, Y> p;
     p.x = rows_of<const X>(dx.data() + first * c.k, m, c.k);
     p.w = rows_of<const W>(dw.data(), c.n, c.k);
@@ -66,6 +67,7 @@ struct product_data {
     p.norm_weight = c.normalise ? dnorm.data() : nullptr;
     p.group = c.group;
     p.early = true;
+    p.most = most;
     dy.poison();
     const device_array<unsigned char> work(static_cast<index_t>(skinny_workspace_bytes(p)));
     skinny_forward(stream, p, work.data());
@@ -128,6 +130,12 @@ void check_product(verdicts& v, cudaStream_t stream, const std::string& types,
     }
   }
   v.check(name + ": rows have the same bits in every batch", same);
+  bool rungs = true;
+  for (const index_t m : {1, 8, 9, 64}) {
+    rungs = rungs && same_bits(data.run(stream, 0, m, rung::sm_80),
+                               std::vector<Y>(all.begin(), all.begin() + m * c.n));
+  }
+  v.check(name + ": the sm_80 rung has the bits of the sm_90a rung", rungs);
 }
 
 void check_products(verdicts& v, cudaStream_t s) {

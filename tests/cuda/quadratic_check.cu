@@ -53,7 +53,7 @@ void check(table& results, const quadratic_case& c) {
   rows_buffer<T> y(tokens, c.heads * c.p, pad), dq(tokens, c.q_heads * c.n, pad);
   rows_buffer<T> dk(tokens, c.k_heads * c.n, pad), dx(tokens, c.x_heads * c.p, pad);
   rows_buffer<R> gamma(1, c.mask_heads), log_a(tokens, c.mask_heads), weight(tokens, c.mask_heads);
-  rows_buffer<T> kernel(c.mask_heads, distances);
+  rows_buffer<R> kernel(c.mask_heads, distances);
   rows_buffer<R> d_gamma(1, c.mask_heads), d_log_a(tokens, c.mask_heads);
   rows_buffer<R> d_weight(tokens, c.mask_heads), d_kernel(c.mask_heads, distances);
   y.poison(), dq.poison(), dk.poison(), dx.poison();

@@ -18,6 +18,7 @@ using ssm::bf16;
 using ssm::index_t;
 using ssm::view;
 namespace cuda = ssm::kernels::cuda;
+using cuda::rung;
 
 bool failed = false;
 
@@ -235,11 +236,15 @@ struct error_sum {
   }
 };
 
-void verdict(const char* name, const char* type, const char* what, double error, double limit) {
+const char* name_of(rung r) {
+  return r == rung::sm_90a ? "90a" : r == rung::sm_80 ? "80" : "general";
+}
+void verdict(const char* name, const char* type, rung r, const char* what, double error,
+             double limit) {
   const bool good = error <= limit;  // false for NaN
   failed = failed || !good;
-  std::printf("%-34s %-5s %-8s %9.2e  limit %.1e  %s\n", name, type, what, error, limit,
-              good ? "ok" : "FAILED");
+  std::printf("%-24s %-4s %-7s %-9s %9.2e  limit %.1e  %s\n", name, type, name_of(r), what, error,
+              limit, good ? "ok" : "FAILED");
 }
 
 template <class T>
@@ -247,10 +252,18 @@ constexpr const char* type_name = std::is_same_v<T, bf16>    ? "bf16"
                                   : std::is_same_v<T, float> ? "f32"
                                                              : "f64";
 
+/// The rungs that a problem's kernels take on this card: both of the tensor cores, or one.
 template <class T>
-void check_forward(const shape& c, unsigned seed) {
-  const example<T> e(c, seed);
-  const on_device<T> device(e);
+std::vector<rung> rungs_of(const cuda::ssd_problem<T>& p) {
+  rung highest = rung::general;
+  if constexpr (std::is_same_v<T, bf16>) highest = cuda::detail::ssd_plan::of(p).kernels;
+  if (highest == rung::sm_90a) return {rung::sm_90a, rung::sm_80};
+  return {highest};
+}
+template <class T>
+std::vector<T> check_forward(const shape& c, unsigned seed, const example<T>& e, rung most) {
+  on_device<T> device(e);
+  device.p.most = most;
   buffer<T> y(static_cast<std::size_t>(e.tokens * c.heads * c.P));
   buffer<char> work(cuda::ssd_forward_workspace_bytes(device.p));
   cuda::ssd_forward(nullptr, device.p,
@@ -276,16 +289,38 @@ void check_forward(const shape& c, unsigned seed) {
   }
   // Roundings of the operands of each product and of y at 2^-9; f32 and f64 as their sums.
   const double limit = std::is_same_v<T, bf16> ? 5e-3 : std::is_same_v<T, float> ? 2e-6 : 1e-13;
-  verdict(c.name, type_name<T>, "y", y_error.relative(), limit);
-  if (c.states) verdict(c.name, type_name<T>, "state", state_error.relative(), limit);
-  if (!c.ragged) return;
-  for (index_t i = 0; i < 3 * c.heads * c.P; ++i) {
+  verdict(c.name, type_name<T>, most, "y", y_error.relative(), limit);
+  if (c.states) verdict(c.name, type_name<T>, most, "state", state_error.relative(), limit);
+  for (index_t i = 0; c.ragged && i < 3 * c.heads * c.P; ++i) {
     if (!std::isnan(wide(out[i]))) {
       std::printf("%s: a row outside the sequences was written\n", c.name);
       failed = true;
       break;
     }
   }
+  return out;
+}
+
+/// How far the numbers of two rungs are apart; where both have NaN nothing was to be written.
+template <class T>
+void compare_rungs(const shape& c, const char* what, const std::vector<std::vector<T>>& of_rungs) {
+  if (of_rungs.size() < 2) return;
+  error_sum error;
+  for (std::size_t i = 0; i < of_rungs[0].size(); ++i) {
+    const double a = wide(of_rungs[0][i]), b = wide(of_rungs[1][i]);
+    if (!std::isnan(a) || !std::isnan(b)) error.add(b, a);
+  }
+  // Both round at the same places; sums between may have another order.
+  verdict(c.name, type_name<T>, rung::sm_80, what, error.relative(), 2e-3);
+}
+
+template <class T>
+void check_forward(const shape& c, unsigned seed) {
+  const example<T> e(c, seed);
+  std::vector<std::vector<T>> outs;
+  for (const rung r : rungs_of(on_device<T>(e).p))
+    outs.push_back(check_forward(c, seed, e, r));
+  compare_rungs(c, "y to 90a", outs);
 }
 
 /// Gradients of everything, in double.
@@ -369,11 +404,12 @@ gradient_reference reference_gradients(const example<T>& e, const std::vector<T>
   return r;
 }
 
+/// Returns the gradient of x.
 template <class T>
-void check_backward(const shape& c, unsigned seed) {
+std::vector<T> check_backward(const shape& c, unsigned seed, const example<T>& e, rung most) {
   using real = ssm::accum_t<T>;
-  const example<T> e(c, seed);
-  const on_device<T> device(e);
+  on_device<T> device(e);
+  device.p.most = most;
   std::mt19937 random(seed + 1000);
   std::normal_distribution<double> normal;
   std::vector<T> dy(e.tokens * c.heads * c.P);
@@ -441,8 +477,18 @@ void check_backward(const shape& c, unsigned seed) {
   compare("initial", r.initial, initial, 1, g.d_initial);
   // Gradients pass through two roundings more than y in bf16.
   const double limit = std::is_same_v<T, bf16> ? 8e-3 : std::is_same_v<T, float> ? 5e-6 : 1e-12;
-  verdict(c.name, type_name<T>, "backward", worst, limit);
+  verdict(c.name, type_name<T>, most, "backward", worst, limit);
   std::printf("   %s\n", line.c_str());
+  return x.host();
+}
+
+template <class T>
+void check_backward(const shape& c, unsigned seed) {
+  const example<T> e(c, seed);
+  std::vector<std::vector<T>> outs;
+  for (const rung r : rungs_of(on_device<T>(e).p))
+    outs.push_back(check_backward(c, seed, e, r));
+  compare_rungs(c, "dx to 90a", outs);
 }
 
 // -------------------------------------------------------------------------------------- timing
@@ -497,7 +543,7 @@ struct timed_shape {
   double both_peer = 0.0, both_goal = 0.0;  // forward and backward
 };
 
-void time_forward(cudaStream_t stream, const timed_shape& c, double copy_tb) {
+void time_forward(cudaStream_t stream, const timed_shape& c, rung most, double copy_tb) {
   constexpr index_t N = 128, P = 64;
   const index_t tokens = c.batch * c.T;
   const int sets = tokens * c.H >= 1000000 ? 2 : 4;  // more than the cache holds
@@ -532,6 +578,7 @@ void time_forward(cudaStream_t stream, const timed_shape& c, double copy_tb) {
     p.d = dense<const float>(dd.data, std::array<index_t, 1>{c.H});
     p.sequences = c.batch;
     p.max_length = c.T;
+    p.most = most;
     return p;
   };
   const buffer<char> work(cuda::ssd_forward_workspace_bytes(problem(0)));
@@ -542,11 +589,12 @@ void time_forward(cudaStream_t stream, const timed_shape& c, double copy_tb) {
   const double bytes = static_cast<double>(tokens) * (4.0 * c.H * P + 4.0 * c.G * N + 2.0 * c.H);
   const double floor_ms = bytes / copy_tb * 1e-9;
   std::printf(
-      "fwd b%lld T%-6lld H%-3lld G%lld | %7.4f ms | peer %6.3f x%.2f | goal %5.3f x%.2f | "
+      "%-3s fwd b%lld T%-6lld H%-3lld G%lld | %7.4f ms | peer %6.3f x%.2f | goal %5.3f x%.2f | "
       "floor %6.4f, share %2.0f %% | parts %lld\n",
-      static_cast<long long>(c.batch), static_cast<long long>(c.T), static_cast<long long>(c.H),
-      static_cast<long long>(c.G), ms, c.peer, c.peer / ms, c.goal, c.goal / ms, floor_ms,
-      100.0 * floor_ms / ms, static_cast<long long>(cuda::detail::ssd_plan::of(problem(0)).supers));
+      name_of(most), static_cast<long long>(c.batch), static_cast<long long>(c.T),
+      static_cast<long long>(c.H), static_cast<long long>(c.G), ms, c.peer, c.peer / ms, c.goal,
+      c.goal / ms, floor_ms, 100.0 * floor_ms / ms,
+      static_cast<long long>(cuda::detail::ssd_plan::of(problem(0)).supers));
   if (c.both_peer > 0.0) {
     const buffer<bf16> dx(tokens * c.H * P), dbc(tokens * 2 * c.G * N), ddt(tokens * c.H);
     const buffer<float> da_(c.H), dbias(c.H), dskip(c.H);
@@ -624,10 +672,11 @@ void check_all(bool small, bool bf16_only) {
 }
 
 /// Twenty runs of a cut sequence give the same bits, forward and backward.
-void check_bits() {
+void check_bits(rung most) {
   const shape c{"same bits", {3000}, 8, 1, 1, 8, 128, 64, decay::dt};
   const example<bf16> e(c, 99);
-  const on_device<bf16> device(e);
+  on_device<bf16> device(e);
+  device.p.most = most;
   const std::array<index_t, 3> rows{e.tokens, c.heads, c.P};
   const buffer<char> work(cuda::ssd_forward_workspace_bytes(device.p));
   const buffer<char> back(cuda::ssd_backward_workspace_bytes(device.p));
@@ -658,14 +707,20 @@ void check_bits() {
       return;
     }
   }
-  std::printf("%-34s bf16  20 runs, forward and backward  ok\n", c.name);
+  std::printf("%-24s bf16 %-7s 20 runs, forward and backward  ok\n", c.name, name_of(most));
 }
 
-/// `small`: small sizes and no timing, as a checker of memory wants it; racecheck also one type.
-int run(bool small, bool bf16_only) {
-  check_all(small, bf16_only);
+/// `only`: "--small", small sizes and no timing, as a checker of memory wants it; "--small-bf16",
+/// of one type, as racecheck does; "--time"; or nothing.
+int run(const std::string& only) {
+  const bool small = only.starts_with("--small");
+  if (only != "--time") check_all(small, only == "--small-bf16");
   if (small) return failed ? 1 : 0;
-  check_bits();
+  const rung highest = cuda::usable_rung(rung::sm_90a);
+  std::vector<rung> rungs{highest};
+  if (highest == rung::sm_90a) rungs.push_back(rung::sm_80);
+  for (const rung r : rungs)
+    if (only != "--time") check_bits(r);
   cudaStream_t stream;
   SSMLIB_CHECK_CUDA(cudaStreamCreate(&stream));
   const double rate = copy_rate(stream);
@@ -676,7 +731,8 @@ int run(bool small, bool bf16_only) {
                                {1, 65536, 80, 1, 3.615, 1.0, 14.11, 5.6},
                                {8, 2048, 24, 1, 0.245, 0.085},
                                {8, 2048, 128, 8, 1.261, 0.42, 5.688, 2.3}}) {
-    time_forward(stream, c, rate);
+    for (const rung r : rungs)
+      time_forward(stream, c, r, rate);
   }
   SSMLIB_CHECK_CUDA(cudaDeviceSynchronize());
   return failed ? 1 : 0;
@@ -691,8 +747,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
-    const std::string only = argc > 1 ? argv[1] : "";
-    return run(only.starts_with("--small"), only == "--small-bf16");
+    return run(argc > 1 ? argv[1] : "");
   } catch (const std::exception& e) {
     std::printf("%s\n", e.what());
     return 1;

@@ -54,7 +54,7 @@ void check(table& results, const toeplitz_case& c) {
   rows_buffer<T> x(tokens, c.x_heads * c.p, pad), dy(tokens, c.heads * c.p, pad);
   rows_buffer<T> y(tokens, c.heads * c.p, pad), dq(tokens, c.q_heads * c.n, pad);
   rows_buffer<T> dk(tokens, c.k_heads * c.n, pad), dx(tokens, c.x_heads * c.p, pad);
-  rows_buffer<T> kernel(c.kernel_heads, distances, pad);
+  rows_buffer<R> kernel(c.kernel_heads, distances, pad);
   rows_buffer<R> d_kernel(c.kernel_heads, distances, pad);
   r.q = q.fill(1, -1, 1), r.k = k.fill(2, -1, 1);
   r.x = x.fill(3, -1, 1), r.dy = dy.fill(4, -1, 1);
@@ -104,8 +104,8 @@ template <class T>
 void check_long(table& results) {
   using R = accum_t<T>;
   const index_t n = (index_t{1} << 20) + 1;
-  rows_buffer<T> x(n, 1), dy(n, 1), kernel(1, n), y(n, 1), dx(n, 1);
-  rows_buffer<R> d_kernel(1, n);
+  rows_buffer<T> x(n, 1), dy(n, 1), y(n, 1), dx(n, 1);
+  rows_buffer<R> kernel(1, n), d_kernel(1, n);
   const auto hx = x.fill(1, -1, 1), hdy = dy.fill(2, -1, 1), hk = kernel.fill(3, -1, 1);
   y.poison(), dx.poison(), d_kernel.poison();
   toeplitz_problem<T> o{kernel.matrix(), x.heads(1)};
@@ -145,10 +145,11 @@ void time_one(index_t sequences, index_t length, index_t heads, index_t p, index
   rows_buffer<T> x(tokens, heads * p), dy(tokens, heads * p), y(tokens, heads * p),
       dx(tokens, heads * p);
   rows_buffer<T> q(tokens, heads * width), k(tokens, heads * width), dq(tokens, heads * width),
-      dk(tokens, heads * width), kernel(heads, length);
-  rows_buffer<float> d_kernel(heads, length);
-  for (auto* r : {&x, &dy, &q, &k, &kernel})
+      dk(tokens, heads * width);
+  rows_buffer<float> kernel(heads, length), d_kernel(heads, length);
+  for (auto* r : {&x, &dy, &q, &k})
     r->fill_device(5, -1, 1);
+  kernel.fill_device(5, -1, 1);
   toeplitz_problem<T> o{kernel.matrix(), x.heads(heads)};
   if (n > 0) o.q = q.heads(heads), o.k = k.heads(heads);
   o.heads = heads;

@@ -108,6 +108,18 @@ TEST_CASE("tensor/random: moments of uniform and normal numbers", "[tensor][rand
   CHECK(std::abs(square_g - 4) < 0.07);
 }
 
+TEST_CASE("tensor/random: large tensors hold the numbers of one generator", "[tensor][random]") {
+  const index_t n = 2500001;  // several threads' parts
+  const auto u = uniform<float, 1>({n}, -1, 3, 5), g = normal<float, 1>({n}, 2, 6);
+  philox for_u(5), for_g(6);
+  bool are_equal = true;
+  for (index_t i = 0; i < n; ++i) {
+    are_equal = are_equal && u(i) == static_cast<float>(for_u.uniform(-1, 3)) &&
+                g(i) == static_cast<float>(2 * for_g.normal());
+  }
+  CHECK(are_equal);
+}
+
 TEST_CASE("tensor/layout: offsets, lengths and positions", "[tensor][layout]") {
   const auto layout = sequence_layout::from_lengths({3, 0, 5});
   CHECK(layout.sequences() == 3);

@@ -4,6 +4,7 @@
 #include <ssmlib/backend/cpu_memory.hpp>
 #include <ssmlib/backend/cuda_error.hpp>
 #include <ssmlib/backend/memory_block.hpp>
+#include <ssmlib/backend/unwritten_memory.hpp>
 
 #include <cuda_runtime_api.h>
 
@@ -14,18 +15,39 @@
 
 namespace ssm {
 
+class cuda_allocator;
+
 namespace detail {
 struct cuda_state;
-}
+
+/// A block of device memory.
+struct cuda_block : memory_block {
+  std::shared_ptr<cuda_state> owner;
+  std::shared_ptr<cuda_allocator> source;       ///< absent: the owner's pool
+  std::unique_ptr<unwritten_memory> unwritten;  ///< while it stands for zeros, else null
+};
+}  // namespace detail
 
 /// Where tensors of the CUDA backend get their bytes: the pool of the calling thread's current
 /// context, in the order of its stream.
 struct cuda_memory {
+  using block = detail::cuda_block;
   /// @throws backend_error  out of memory; names the bytes asked for, free and total. The context
   ///                        stays usable.
-  [[nodiscard]] static memory_block* create(std::size_t bytes);
+  [[nodiscard]] static block* create(std::size_t bytes);
   /// Frees after the work that the block's context has been given so far.
   static void destroy(memory_block* block) noexcept;
+};
+
+/// What a context takes its blocks from in place of its pool: the arena of a capture, or a dry run
+/// that only counts.
+class cuda_allocator {
+ public:
+  virtual ~cuda_allocator() = default;
+  /// @return memory aligned to 256 bytes. @throws backend_error  there is none.
+  [[nodiscard]] virtual void* allocate(std::size_t bytes) = 0;
+  /// Takes a block back, to be used again after the work that the context has been given so far.
+  virtual void release(void* data, std::size_t bytes) noexcept = 0;
 };
 
 /// The CUDA backend.
@@ -60,12 +82,20 @@ struct cuda {
     /// What the context's memory comes from.
     [[nodiscard]] cudaMemPool_t pool() const;
 
+    /// From now on new blocks come from `allocator`, or from the pool again where it is null. A
+    /// block goes back to what it came from and keeps that alive.
+    void set_allocator(std::shared_ptr<cuda_allocator> allocator) const;
+    [[nodiscard]] const std::shared_ptr<cuda_allocator>& allocator() const;
+
     /// Lets products of float matrices round their factors to TF32 (10 bits of mantissa). Off at
     /// first: float products have the bits of float.
     void set_allow_tf32(bool allow) const;
     [[nodiscard]] bool allow_tf32() const;
     /// What matrix products keep between calls (kernels/cuda/gemm.hpp); empty before the first.
     [[nodiscard]] std::shared_ptr<void>& products() const;
+    /// What Fourier transforms keep between calls (lower/cuda/toeplitz.hpp); empty before the
+    /// first.
+    [[nodiscard]] std::shared_ptr<void>& transforms() const;
 
    private:
     friend struct cuda_memory;

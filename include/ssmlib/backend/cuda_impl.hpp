@@ -33,7 +33,8 @@ struct cuda_state {
   cudaStream_t stream = nullptr;
   cudaMemPool_t pool = nullptr;
   bool allow_tf32 = false;
-  std::shared_ptr<void> products;
+  std::shared_ptr<cuda_allocator> allocator;  // absent: the pool
+  std::shared_ptr<void> products, transforms;
 
   explicit cuda_state(int device_index) : device(device_index) {
     const int devices = cuda::device_count();
@@ -64,15 +65,12 @@ struct cuda_state {
   ~cuda_state() {
     if (stream) (void)cudaStreamSynchronize(stream);
     products.reset();  // its workspace is from the pool
+    transforms.reset();
     if (pool) (void)cudaMemPoolDestroy(pool);
     if (stream) (void)cudaStreamDestroy(stream);
   }
   cuda_state(const cuda_state&) = delete;
   cuda_state& operator=(const cuda_state&) = delete;
-};
-
-struct cuda_block : memory_block {
-  std::shared_ptr<cuda_state> owner;
 };
 
 /// The current context of this thread; none means the default one.
@@ -137,6 +135,12 @@ SSMLIB_INLINE void cuda::context::trim() const {
 SSMLIB_INLINE cudaMemPool_t cuda::context::pool() const {
   return state_->pool;
 }
+SSMLIB_INLINE void cuda::context::set_allocator(std::shared_ptr<cuda_allocator> allocator) const {
+  state_->allocator = std::move(allocator);
+}
+SSMLIB_INLINE const std::shared_ptr<cuda_allocator>& cuda::context::allocator() const {
+  return state_->allocator;
+}
 SSMLIB_INLINE void cuda::context::set_allow_tf32(bool allow) const {
   state_->allow_tf32 = allow;
 }
@@ -147,13 +151,23 @@ SSMLIB_INLINE std::shared_ptr<void>& cuda::context::products() const {
   return state_->products;
 }
 
-SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
+SSMLIB_INLINE std::shared_ptr<void>& cuda::context::transforms() const {
+  return state_->transforms;
+}
+
+SSMLIB_INLINE cuda_memory::block* cuda_memory::create(std::size_t bytes) {
   const auto owner = cuda::current().state_;
   const detail::device_guard guard(owner->device);
   auto block = std::make_unique<detail::cuda_block>();
   block->bytes = bytes;
   // A block of no bytes has an address too: a tensor without elements is not an absent one.
   const std::size_t wanted = std::max<std::size_t>(bytes, 1);
+  if (owner->allocator) {
+    block->data = owner->allocator->allocate(wanted);
+    block->owner = owner;
+    block->source = owner->allocator;
+    return block.release();
+  }
   cudaError_t status = cudaMallocFromPoolAsync(&block->data, wanted, owner->pool, owner->stream);
   if (status == cudaErrorMemoryAllocation) {  // freed blocks may wait for the stream to get there
     (void)cudaGetLastError();
@@ -177,7 +191,11 @@ SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
 
 SSMLIB_INLINE void cuda_memory::destroy(memory_block* base) noexcept {
   const std::unique_ptr<detail::cuda_block> block(static_cast<detail::cuda_block*>(base));
-  (void)cudaFreeAsync(block->data, block->owner->stream);
+  if (block->source) {
+    block->source->release(block->data, std::max<std::size_t>(block->bytes, 1));
+  } else {
+    (void)cudaFreeAsync(block->data, block->owner->stream);
+  }
 }
 
 template <>

@@ -4,11 +4,12 @@
 #include <ssmlib/kernels/cpu/simd.hpp>
 #include <ssmlib/mixer/panels.hpp>
 #include <ssmlib/nn/pass.hpp>
+#include <ssmlib/train/token_loss.hpp>
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <string>
+#include <type_traits>
 #include <vector>
 
 namespace ssm {
@@ -198,66 +199,76 @@ void add_distance_gradients(const cpu::context& ctx, matrix_panels<T>& student,
   }
 }
 
+/// @throws shape_error  sequences of other tokens.
+void require_same_sequences(const sequence_layout& student, const sequence_layout& teacher);
+
 }  // namespace detail
+
+/// norms[i * heads + h] = the Frobenius norm of student - teacher for head h of sequence i.
+template <Real T>
+void apply_matrix_distances(const cpu::context& ctx, const matrix_panels<T>& student,
+                            const matrix_panels<T>& teacher, index_t heads,
+                            const tensor<double, 1>& norms) {
+  for (index_t i = 0; i < student.layout().sequences(); ++i) {
+    const auto sums = detail::squared_distances(ctx, student, teacher, i, heads);
+    for (index_t h = 0; h < heads; ++h)
+      norms(i * heads + h) = std::sqrt(sums[static_cast<std::size_t>(h)]);
+  }
+}
+/// Adds the gradient of d_loss times the mean of the norms to the gradients of the student's
+/// operands.
+template <Real T>
+void apply_matrix_distances_vjp(const cpu::context& ctx, matrix_panels<T>& student,
+                                const matrix_panels<T>& teacher, index_t heads,
+                                const tensor<double, 1>& norms, const tensor<T, 1>& d_loss) {
+  const double count = static_cast<double>(std::max<index_t>(norms.size(), 1));
+  const double upstream = static_cast<double>(d_loss(0));
+  for (index_t i = 0; i < student.layout().sequences(); ++i) {
+    std::vector<T> factor;
+    for (index_t h = 0; h < heads; ++h) {
+      const double norm = norms(i * heads + h);
+      factor.push_back(norm > 0 ? static_cast<T>(upstream / (norm * count)) : T(0));
+    }
+    detail::add_distance_gradients(ctx, student, teacher, i, factor);
+  }
+}
 
 /// MOHAWK stage 1, matrix orientation: the mean over sequences and heads of the Frobenius norm
 ///
 ///     || M_student - M_teacher ||_F        (a norm, not its square)
 ///
-/// computed 64 columns at a time. Where head counts differ, a head is compared with the head of
-/// the other mixer that owns it (h * G / H).
+/// computed in tiles. Where head counts differ, a head is compared with the head of the other mixer
+/// that owns it (h * G / H).
 ///
 /// @param teacher, student  panels of two mixers over the same tokens
 /// @return (1); recorded on p.tape: backward() adds to the gradients of the student's operands
 /// @throws shape_error  other sequences, or head counts where neither divides the other.
-/// @cost   O(T^2) time, one sweep over the panels forward and one or two backward; O(T) memory
+/// @cost   O(T^2) time, one sweep over the tiles forward and one or two backward; O(T) memory
 /// @source Bick et al. 2024 (MOHAWK), arXiv:2408.10189, section 4.1.
-template <Real T>
-[[nodiscard]] tensor<T, 1> matrix_orientation_loss(const pass<T>& p,
-                                                   std::shared_ptr<const matrix_panels<T>> teacher,
-                                                   std::shared_ptr<matrix_panels<T>> student) {
-  const sequence_layout& layout = student->layout();
-  const sequence_layout& other = teacher->layout();
-  bool same = layout.sequences() == other.sequences();
-  for (index_t i = 0; same && i < layout.sequences(); ++i)
-    same = layout.end(i) == other.end(i);
-  if (!same) {
-    throw shape_error("ssm: matrix_orientation_loss: the student has " +
-                      std::to_string(layout.sequences()) + " sequences of " +
-                      std::to_string(layout.tokens()) + " tokens, the teacher " +
-                      std::to_string(other.sequences()) + " of " + std::to_string(other.tokens()) +
-                      "; give both the same input");
-  }
+template <Floating T, Backend B = cpu>
+[[nodiscard]] tensor<accum_t<T>, 1, B> matrix_orientation_loss(
+    const pass<T, B>& p, std::type_identity_t<std::shared_ptr<const matrix_panels<T, B>>> teacher,
+    std::type_identity_t<std::shared_ptr<matrix_panels<T, B>>> student) {
+  detail::require_same_sequences(student->layout(), teacher->layout());
   const index_t heads =
       detail::join_heads("matrix_orientation_loss", student->heads(), teacher->heads());
-  auto norms = std::make_shared<std::vector<double>>();  // sequence-major
-  double total = 0;
-  for (index_t i = 0; i < layout.sequences(); ++i) {
-    for (const double sum : detail::squared_distances(p.ctx, *student, *teacher, i, heads)) {
-      norms->push_back(std::sqrt(sum));
-      total += norms->back();
-    }
-  }
-  const double count = static_cast<double>(std::max<std::size_t>(norms->size(), 1));
-  auto loss = tensor<T, 1>::full({1}, static_cast<T>(total / count));
+  const typename B::scope scope(p.ctx);
+  const index_t count = student->layout().sequences() * heads;
+  const tensor<double, 1, B> norms(count);
+  apply_matrix_distances(p.ctx, *student, *teacher, heads, norms);
+  const tensor<accum_t<T>, 1, B> loss =
+      detail::make_token_loss<T, B>(p.ctx, norms, 1, 1,
+                                    static_cast<double>(std::max<index_t>(count, 1)), count)
+          .loss;
   if (p.tape == nullptr) return loss;
-  p.tape->record(loss, [loss, norms, count, heads, teacher, student, t = p.tape, &ctx = p.ctx] {
-    const sequence_layout& sequences = student->layout();
-    const double upstream = static_cast<double>(t->gradient(loss)(0));
-    for (index_t i = 0; i < sequences.sequences(); ++i) {
-      std::vector<T> factor;
-      for (index_t h = 0; h < heads; ++h) {
-        const double norm = (*norms)[static_cast<std::size_t>(i * heads + h)];
-        factor.push_back(norm > 0 ? static_cast<T>(upstream / (norm * count)) : T(0));
-      }
-      detail::add_distance_gradients(ctx, *student, *teacher, i, factor);
-    }
+  p.tape->record(loss, [loss, norms, heads, teacher, student, t = p.tape, &ctx = p.ctx] {
+    apply_matrix_distances_vjp(ctx, *student, *teacher, heads, norms, t->gradient(loss));
   });
   return loss;
 }
 
 #define SSMLIB_DETAIL_LIST(T)                                                                   \
-  SSMLIB_INSTANTIATE(distillation, tensor<T, 1> matrix_orientation_loss<T>(                     \
+  SSMLIB_INSTANTIATE(distillation, tensor<T, 1> matrix_orientation_loss<T, cpu>(                \
                                        const pass<T>&, std::shared_ptr<const matrix_panels<T>>, \
                                        std::shared_ptr<matrix_panels<T>>))
 SSMLIB_DETAIL_LIST(float);
@@ -265,3 +276,7 @@ SSMLIB_DETAIL_LIST(double);
 #undef SSMLIB_DETAIL_LIST
 
 }  // namespace ssm
+
+#ifndef SSMLIB_COMPILED
+#include <ssmlib/distill/matrix_orientation_impl.hpp>
+#endif

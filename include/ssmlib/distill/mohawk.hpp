@@ -32,13 +32,13 @@ namespace detail {
 /// The layers where the student's mixer is another function than the teacher's: of another type, or
 /// of the same with other options (a window, other heads), see any_block::has_same_mixer.
 /// @throws shape_error  patterns of different lengths, or a mixer against an MLP.
-template <Real T>
-[[nodiscard]] std::vector<index_t> replaced_layers(const language_model<T>& teacher,
-                                                   const language_model<T>& student) {
+template <Floating T, Backend B>
+[[nodiscard]] std::vector<index_t> replaced_layers(const language_model<T, B>& teacher,
+                                                   const language_model<T, B>& student) {
   std::vector<index_t> layers;
   bool fits = teacher.layers() == student.layers();
   for (index_t i = 0; fits && i < teacher.layers(); ++i) {
-    const any_block<T>&a = teacher.block(i), &b = student.block(i);
+    const any_block<T, B>&a = teacher.block(i), &b = student.block(i);
     fits = a.has_mixer() == b.has_mixer();
     if (a.has_mixer() && !a.has_same_mixer(b)) layers.push_back(i);
   }
@@ -48,9 +48,9 @@ template <Real T>
 
 namespace detail {
 /// @throws value_error  no layer is replaced: stages 1 and 2 have nothing to do.
-template <Real T>
-[[nodiscard]] std::vector<index_t> layers_to_align(const language_model<T>& teacher,
-                                                   const language_model<T>& student) {
+template <Floating T, Backend B>
+[[nodiscard]] std::vector<index_t> layers_to_align(const language_model<T, B>& teacher,
+                                                   const language_model<T, B>& student) {
   std::vector<index_t> layers = replaced_layers(teacher, student);
   if (layers.empty()) throw_nothing_replaced(teacher.config().pattern, student.config().pattern);
   return layers;
@@ -60,10 +60,10 @@ template <Real T>
 /// What trains in a stage, as patterns of parameter names: in stages 1 and 2 the replaced mixers,
 /// in stage 3 everything.
 /// @throws value_error  stages 1 and 2: no mixer is replaced.
-template <Real T>
+template <Floating T, Backend B>
 [[nodiscard]] std::vector<std::string> mohawk_trained(mohawk_stage stage,
-                                                      const language_model<T>& teacher,
-                                                      const language_model<T>& student) {
+                                                      const language_model<T, B>& teacher,
+                                                      const language_model<T, B>& student) {
   if (stage == mohawk_stage::distillation) return {"*"};
   std::vector<std::string> patterns;
   for (const index_t i : detail::layers_to_align(teacher, student)) {
@@ -82,29 +82,31 @@ struct mohawk_options {
 /// learn independently; the loss is the mean over the replaced layers. Stage 1 counts sequences,
 /// stage 2 tokens, stage 3 tokens that have a target (all, in a batch without targets).
 /// @throws shape_error  layers that cannot be compared. @throws value_error  no mixer is replaced.
-template <Real T>
-[[nodiscard]] loss_sum<T> mohawk_loss(mohawk_stage stage, const language_model<T>& teacher,
-                                      const language_model<T>& student, const pass<T>& p,
-                                      const token_batch& batch,
-                                      const mohawk_options& options = {}) {
+template <Floating T, Backend B>
+[[nodiscard]] loss_sum<T, B> mohawk_loss(mohawk_stage stage, const language_model<T, B>& teacher,
+                                         const language_model<T, B>& student, const pass<T, B>& p,
+                                         const token_batch& batch,
+                                         const mohawk_options& options = {}) {
   if (stage == mohawk_stage::distillation) {
     return distillation_loss(teacher, student, p, batch, {.temperature = options.temperature});
   }
-  const pass<T> silent{p.ctx, nullptr, false};
+  const pass<T, B> silent{p.ctx, nullptr, false};
   const std::vector<index_t> layers = detail::layers_to_align(teacher, student);
+  const typename B::scope scope(p.ctx);
   const sequence_layout layout = batch.sequences();
   const bool first = stage == mohawk_stage::matrix_orientation;
   const index_t count = first ? layout.sequences() : layout.tokens();
-  const T share = static_cast<T>(static_cast<double>(count) / static_cast<double>(layers.size()));
-  auto total = tensor<T, 1>::zeros(1);
-  tensor<T, 3> x = teacher.embed(silent, batch.inputs);
+  const accum_t<T> share =
+      static_cast<accum_t<T>>(static_cast<double>(count) / static_cast<double>(layers.size()));
+  auto total = tensor<accum_t<T>, 1, B>::zeros(1);
+  tensor<T, 3, B> x = teacher.embed(silent, batch.inputs);
   std::size_t next = 0;
   for (index_t i = 0; i < teacher.layers() && next < layers.size(); ++i) {
     if (i == layers[next]) {
       ++next;
-      const tensor<T, 1> loss =
-          first ? matrix_orientation_loss<T>(p, teacher.block(i).mixer_matrix(silent, x, layout),
-                                             student.block(i).mixer_matrix(p, x, layout))
+      const tensor<accum_t<T>, 1, B> loss =
+          first ? matrix_orientation_loss(p, teacher.block(i).mixer_matrix(silent, x, layout),
+                                          student.block(i).mixer_matrix(p, x, layout))
                 : hidden_state_alignment_loss(p, student.block(i).mixer_output(p, x, layout),
                                               teacher.block(i).mixer_output(silent, x, layout));
       total = eval(total + loss * share, p.tape, p.ctx);
@@ -115,27 +117,27 @@ template <Real T>
 }
 
 /// The same on token ids alone. @param ids  (b, T)
-template <Real T>
-[[nodiscard]] loss_sum<T> mohawk_loss(mohawk_stage stage, const language_model<T>& teacher,
-                                      const language_model<T>& student, const pass<T>& p,
-                                      const tensor<std::int32_t, 2>& ids,
-                                      const mohawk_options& options = {}) {
+template <Floating T, Backend B>
+[[nodiscard]] loss_sum<T, B> mohawk_loss(mohawk_stage stage, const language_model<T, B>& teacher,
+                                         const language_model<T, B>& student, const pass<T, B>& p,
+                                         const tensor<std::int32_t, 2>& ids,
+                                         const mohawk_options& options = {}) {
   return mohawk_loss(stage, teacher, student, p, token_batch{ids, {}, {}}, options);
 }
 
 /// Trains the student through one stage.
 /// @param optimizer  over the parameters that the stage trains, see mohawk_trained()
 /// @return the steps taken
-template <Real T, Loader L>
-index_t train_mohawk_stage(mohawk_stage stage, const language_model<T>& teacher,
-                           const language_model<T>& student, adamw<T>& optimizer, L& loader,
+template <Floating T, Backend B, Loader L>
+index_t train_mohawk_stage(mohawk_stage stage, const language_model<T, B>& teacher,
+                           const language_model<T, B>& student, adamw<T, B>& optimizer, L& loader,
                            const training_options& training,
                            const training_callbacks& callbacks = {},
                            const mohawk_options& options = {},
-                           const cpu::context& ctx = default_context<cpu>()) {
-  return train<T>(
+                           const typename B::context& ctx = default_context<B>()) {
+  return train(
       optimizer, loader,
-      [&](const pass<T>& p, const token_batch& batch) {
+      [&](const pass<T, B>& p, const token_batch& batch) {
         return mohawk_loss(stage, teacher, student, p, batch, options);
       },
       training, callbacks, ctx);

@@ -21,8 +21,8 @@ namespace detail {
 
 /// to's heads get from's rows, head by head: head h of `heads` from head h * from_heads / heads.
 /// Rows of a head are `size` each.
-template <Real T>
-void copy_head_rows(const tensor<T, 2>& to, index_t heads, const tensor<T, 2>& from,
+template <Floating T, Backend B>
+void copy_head_rows(const tensor<T, 2, B>& to, index_t heads, const tensor<T, 2, B>& from,
                     index_t from_heads, index_t size) {
   for (index_t h = 0; h < heads; ++h) {
     const index_t g = group_of(h, heads, from_heads);
@@ -44,9 +44,9 @@ void require_no_bias(const char* operation, const attention_options& teacher);
 /// @return the names that were copied
 /// @throws shape_error  patterns of different lengths, or a parameter of another shape.
 /// @source Bick et al. 2024 (MOHAWK), arXiv:2408.10189, section 4.3.
-template <Real T>
-std::vector<std::string> transfer_weights(const language_model<T>& teacher,
-                                          const language_model<T>& student) {
+template <Floating T, Backend B>
+std::vector<std::string> transfer_weights(const language_model<T, B>& teacher,
+                                          const language_model<T, B>& student) {
   const std::string &from = teacher.config().pattern, &to = student.config().pattern;
   if (from.size() != to.size()) {
     throw shape_error("ssm: transfer_weights: the teacher \"" + from + "\" has " +
@@ -55,8 +55,8 @@ std::vector<std::string> transfer_weights(const language_model<T>& teacher,
   }
   const auto sources = teacher.parameters();
   std::vector<std::string> copied;
-  for (const parameter<T>& target : student.parameters()) {
-    for (const parameter<T>& source : sources) {
+  for (const parameter<T, B>& target : student.parameters()) {
+    for (const parameter<T, B>& source : sources) {
       if (source.name != target.name) continue;
       if (detail::is_mixer_parameter(target.name)) {
         const auto layer = static_cast<index_t>(std::stoll(target.name.substr(7)));
@@ -84,8 +84,8 @@ std::vector<std::string> transfer_weights(const language_model<T>& teacher,
 ///      head_dim = state = the attention's head_dim; the attention has no biases
 /// @throws shape_error  other sizes. @throws value_error  biases.
 /// @source Wang et al. 2024, arXiv:2408.15237, section 3.1 and algorithm 1.
-template <Real T>
-void transfer_attention(const attention<T>& teacher, const mamba2<T>& student) {
+template <Floating T, Backend B>
+void transfer_attention(const attention<T, B>& teacher, const mamba2<T, B>& student) {
   const auto& a = teacher.options();
   const auto& m = student.options();
   const char* name = "transfer_attention to Mamba-2";
@@ -108,8 +108,8 @@ void transfer_attention(const attention<T>& teacher, const mamba2<T>& student) {
 /// The same for the discrete Mamba-2, whose in_proj makes [x, B, C, z, a].
 /// @pre qk_heads = heads = the attention's heads; head_dim = state = its head_dim; no biases
 /// @throws shape_error  other sizes. @throws value_error  biases.
-template <Real T>
-void transfer_attention(const attention<T>& teacher, const discrete_mamba2<T>& student) {
+template <Floating T, Backend B>
+void transfer_attention(const attention<T, B>& teacher, const discrete_mamba2<T, B>& student) {
   const auto& a = teacher.options();
   const auto& m = student.options();
   const char* name = "transfer_attention to the discrete Mamba-2";
@@ -132,8 +132,9 @@ void transfer_attention(const attention<T>& teacher, const discrete_mamba2<T>& s
 /// The four projections of linear attention are attention's own.
 /// @pre the same heads, kv_heads and head_dim; the attention has no biases
 /// @throws shape_error  other sizes. @throws value_error  biases.
-template <Real T, FeatureMap Phi>
-void transfer_attention(const attention<T>& teacher, const linear_attention<T, Phi>& student) {
+template <Floating T, FeatureMap Phi, Backend B>
+void transfer_attention(const attention<T, B>& teacher,
+                        const linear_attention<T, Phi, B>& student) {
   const auto& a = teacher.options();
   const auto& l = student.options();
   const char* name = "transfer_attention to linear attention";
@@ -150,12 +151,12 @@ void transfer_attention(const attention<T>& teacher, const linear_attention<T, P
 
 /// Starts every mixer of the student that replaces attention from the attention it replaces, where
 /// a transfer_attention() for the pair exists. @return the layers that were started so
-template <Real T>
-std::vector<index_t> transfer_mixers(const language_model<T>& teacher,
-                                     const language_model<T>& student) {
+template <Floating T, Backend B>
+std::vector<index_t> transfer_mixers(const language_model<T, B>& teacher,
+                                     const language_model<T, B>& student) {
   std::vector<index_t> layers;
   for (index_t i = 0; i < std::min(teacher.layers(), student.layers()); ++i) {
-    const auto* from = teacher.block(i).template mixer_as<attention<T>>();
+    const auto* from = teacher.block(i).template mixer_as<attention<T, B>>();
     if (from == nullptr) continue;
     const auto start = [&](const auto* to) {
       if (to == nullptr) return false;
@@ -163,9 +164,10 @@ std::vector<index_t> transfer_mixers(const language_model<T>& teacher,
       layers.push_back(i);
       return true;
     };
-    const any_block<T>& b = student.block(i);
-    start(b.template mixer_as<mamba2<T>>()) || start(b.template mixer_as<discrete_mamba2<T>>()) ||
-        start(b.template mixer_as<linear_attention<T>>());
+    const any_block<T, B>& b = student.block(i);
+    start(b.template mixer_as<mamba2<T, B>>()) ||
+        start(b.template mixer_as<discrete_mamba2<T, B>>()) ||
+        start(b.template mixer_as<linear_attention<T, feature::elu_plus_one, B>>());
   }
   return layers;
 }

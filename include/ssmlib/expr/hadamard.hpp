@@ -72,11 +72,9 @@ struct masked_gram {
     return masked_gram<decltype(exact), double, cpu, Phi>{std::move(exact), kernel.on_host(),
                                                           layout};
   }
-  [[nodiscard]] tensor<double, 4> dense() const requires(!std::same_as<B, cpu>) {
-    return on_host().dense();
-  }
-  [[nodiscard]] tensor<double, 4> dense() const requires std::same_as<B, cpu> {
+  [[nodiscard]] tensor<double, 4> dense() const {
     tensor<double, 4> m = mask_dense();
+    const auto factors = host_kernel();
     const sequence_layout sequences = layout_of(*this);
     for (index_t i = 0; i < sequences.sequences(); ++i) {
       const index_t begin = sequences.begin(i), end = sequences.end(i), base = layout ? 0 : begin;
@@ -84,7 +82,7 @@ struct masked_gram {
         for (index_t t = begin; t < end; ++t) {
           for (index_t s = begin; s < end; ++s) {
             double& entry = m(layout ? 0 : i, h, t - base, s - base);
-            if (entry != 0) entry *= kernel.entry(t, s, h, heads());
+            if (entry != 0) entry *= factors.entry(t, s, h, heads());
           }
         }
       }
@@ -93,6 +91,13 @@ struct masked_gram {
   }
 
  private:
+  [[nodiscard]] auto host_kernel() const {
+    if constexpr (std::same_as<B, cpu>) {
+      return kernel;
+    } else {
+      return kernel.on_host();
+    }
+  }
   [[nodiscard]] tensor<double, 4> mask_dense() const {
     if constexpr (DefinedMask<L>) {
       return detail::dense_columns(mask, layout_of(*this), static_cast<bool>(layout), batch(),

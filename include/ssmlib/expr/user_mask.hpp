@@ -7,6 +7,23 @@
 
 namespace ssm {
 
+namespace detail {
+/// Where a mask of a user's own multiplies: U::backend, without one the CPU.
+template <class U>
+struct mask_backend {
+  using type = cpu;
+};
+template <class U>
+requires Backend<typename U::backend>
+struct mask_backend<U> {
+  using type = typename U::backend;
+};
+template <class U>
+using mask_backend_t = typename mask_backend<U>::type;
+template <class U>
+using mask_tensor = tensor<typename U::value_type, 4, mask_backend_t<U>>;
+}  // namespace detail
+
 /// A mask of your own that only knows how to multiply: a struct with
 ///
 ///   value_type                       float or double
@@ -17,6 +34,7 @@ namespace ssm {
 ///
 /// and, where it has them,
 ///
+///   backend                          where its tensors are, z and the result; without it the CPU
 ///   causal()                         a causality; without it advance() looks into dense()
 ///   multiply_transposed(z, layout)   L^T z likewise; without it gradients go through T x T storage
 ///   heads()                          default 1; head h of z's H uses the mask's head
@@ -25,10 +43,10 @@ namespace ssm {
 ///   multiply_vjp(z, dy, layout, g)   adds the gradients of sum(dy * multiply(z)) with respect to
 ///                                    its tensors to those of g, a mask of the same type
 template <class U>
-concept MultiplyMask = !MatrixMixer<U> && Real<typename U::value_type> &&
-                       requires(const U& u, const tensor<typename U::value_type, 4>& z,
-                                const sequence_layout& layout) {
-  { u.multiply(z, layout) } -> std::same_as<tensor<typename U::value_type, 4>>;
+concept MultiplyMask =
+    !MatrixMixer<U> && Real<typename U::value_type> &&
+    requires(const U& u, const detail::mask_tensor<U>& z, const sequence_layout& layout) {
+  { u.multiply(z, layout) } -> std::same_as<detail::mask_tensor<U>>;
 };
 
 /// A mask of your own as a node, so that hadamard(mask, Q * transpose(K)) * V takes time and memory
@@ -36,7 +54,7 @@ concept MultiplyMask = !MatrixMixer<U> && Real<typename U::value_type> &&
 template <MultiplyMask U>
 struct user_mask {
   using value_type = typename U::value_type;
-  using backend = cpu;
+  using backend = detail::mask_backend_t<U>;
   using structure = structure::dense;
   using algorithms = alg_list<alg::structured, alg::quadratic>;
 
@@ -87,7 +105,8 @@ struct user_mask {
     for_each_entry([&](index_t i, index_t t, index_t h) {
       unit(t / time, t % time, h, t - sequences.begin(i)) = value_type(1);
     });
-    const tensor<value_type, 4> product = mask.multiply(unit, sequences);
+    const tensor<value_type, 4> product =
+        detail::on_host(mask.multiply(detail::on_backend<backend>(unit), sequences));
     for_each_entry([&](index_t i, index_t t, index_t h) {
       const index_t begin = sequences.begin(i), base = packed ? 0 : begin;
       for (index_t s = begin; s < sequences.end(i); ++s) {

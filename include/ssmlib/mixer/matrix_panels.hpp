@@ -9,11 +9,17 @@
 
 namespace ssm {
 
-/// A T x T matrix of any mixer, read and differentiated a few columns at a time, so that two
-/// mixers can be compared entry by entry in O(T) memory. The type behind it is erased: whatever
-/// models MatrixMixer can meet whatever else does (MOHAWK's matrix orientation).
+/// A T x T matrix of any mixer, read and differentiated in tiles, so that two mixers can be
+/// compared entry by entry in O(T) memory. The type behind it is erased: whatever models
+/// MatrixMixer can meet whatever else does (MOHAWK's matrix orientation). Backends cut and compare
+/// tiles in their own ways, so this is a class of its own for each: that of CUDA is in
+/// mixer/cuda/matrix_panels.hpp. Common to them are layout(), heads(), is_causal(), tile() and
+/// panel().
 template <Floating T, Backend B = cpu>
-class matrix_panels {
+class matrix_panels;
+
+template <Floating T>
+class matrix_panels<T, cpu> {
  public:
   virtual ~matrix_panels() = default;
 
@@ -24,21 +30,21 @@ class matrix_panels {
 
   /// Fills `out`, (rows, heads, columns) with unit stride along the columns: the rows from `row`
   /// and the columns from s0, all of sequence i; tokens count over the batch.
-  virtual void tile_into(const typename B::context& ctx, index_t i, index_t row, index_t s0,
-                         const tensor<T, 3, B>& out) const = 0;
+  virtual void tile_into(const cpu::context& ctx, index_t i, index_t row, index_t s0,
+                         const tensor<T, 3>& out) const = 0;
   /// Whether a few rows cost little more than their part of all rows.
   [[nodiscard]] virtual bool has_cheap_rows() const = 0;
 
   /// Rows [row, row_end), columns [s0, s1). @return (row_end - row, heads, s1 - s0)
-  [[nodiscard]] tensor<T, 3, B> tile(const typename B::context& ctx, index_t i, index_t row,
-                                     index_t row_end, index_t s0, index_t s1) const {
-    tensor<T, 3, B> out(row_end - row, heads(), s1 - s0);
+  [[nodiscard]] tensor<T, 3> tile(const cpu::context& ctx, index_t i, index_t row, index_t row_end,
+                                  index_t s0, index_t s1) const {
+    tensor<T, 3> out(row_end - row, heads(), s1 - s0);
     tile_into(ctx, i, row, s0, out);
     return out;
   }
   /// A tile of the rows from `row` to the end of the sequence.
-  [[nodiscard]] tensor<T, 3, B> panel(const typename B::context& ctx, index_t i, index_t row,
-                                      index_t s0, index_t s1) const {
+  [[nodiscard]] tensor<T, 3> panel(const cpu::context& ctx, index_t i, index_t row, index_t s0,
+                                   index_t s1) const {
     return tile(ctx, i, row, layout().end(i), s0, s1);
   }
 
@@ -50,24 +56,24 @@ class matrix_panels {
   /// Whether the gradient needs sums over whole rows. If so, observe() is shown every tile of a
   /// sequence with its gradient before the first add_vjp() of that sequence.
   [[nodiscard]] virtual bool needs_row_sums() const { return false; }
-  virtual void observe(const typename B::context&, index_t /*i*/, index_t /*row*/, index_t /*s0*/,
-                       const tensor<T, 3, B>& /*values*/, const tensor<T, 3, B>& /*d*/) {}
+  virtual void observe(const cpu::context&, index_t /*i*/, index_t /*row*/, index_t /*s0*/,
+                       const tensor<T, 3>& /*values*/, const tensor<T, 3>& /*d*/) {}
   /// Adds the vector-Jacobian product of one tile to the gradients of the mixer's operands.
   /// @param values  what tile() returned
   /// @param d       the gradient of the tile, of the same shape
-  virtual void add_vjp(const typename B::context& ctx, index_t i, index_t row, index_t s0,
-                       const tensor<T, 3, B>& values, const tensor<T, 3, B>& d) = 0;
+  virtual void add_vjp(const cpu::context& ctx, index_t i, index_t row, index_t s0,
+                       const tensor<T, 3>& values, const tensor<T, 3>& d) = 0;
 };
 
 namespace detail {
 
 /// The gradient of an operand that lies (batch, time, ...), for adding to by token; absent if it
 /// is not wanted.
-template <Floating T, Backend B, int R>
-[[nodiscard]] tensor<T, R - 1, B> gradient_tokens(tape<T, B>* t,
-                                                  const tensor<T, R, B>& operand_tensor) {
+template <Floating T, Floating U, Backend B, int R>
+[[nodiscard]] tensor<U, R - 1, B> gradient_tokens(tape<T, B>* t,
+                                                  const tensor<U, R, B>& operand_tensor) {
   if (t == nullptr) return {};
-  const tensor<T, R, B> gradient = t->gradient(operand_tensor);
+  const tensor<U, R, B> gradient = t->gradient(operand_tensor);
   if (gradient && !is_token_major(gradient)) {
     throw shape_error(
         "ssm: panels: the operand " + to_string<R>(gradient.extents()) +

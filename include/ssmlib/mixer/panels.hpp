@@ -12,10 +12,12 @@
 namespace ssm {
 
 /// The panels of a mixer: entries from the operands for softmax attention and the semiseparable
-/// family, products with columns of the identity for all others.
+/// family, products with columns of the identity for all others. (For CUDA:
+/// mixer/cuda/panels.hpp.)
 /// @param t  the tape that holds its operands' gradients; null: read only
 /// @throws shape_error  an operand with a gradient whose batch and time do not merge.
 template <MatrixMixer M>
+requires std::same_as<typename M::backend, cpu>
 [[nodiscard]] std::shared_ptr<matrix_panels<typename M::value_type>> panels(
     M m, tape<typename M::value_type>* t = nullptr,
     [[maybe_unused]] const cpu::context& ctx = default_context<cpu>()) {

@@ -90,12 +90,8 @@ class sequence_mixer {
   }
   [[nodiscard]] std::shared_ptr<matrix_panels<T, B>> matrix_panels_of(
       const pass<T, B>& p, const tensor<T, 3, B>& u, const sequence_layout& layout) const {
-    if constexpr (std::same_as<B, cpu>) {
-      return panels(matrix(p, u, layout), p.tape, p.ctx);
-    } else {
-      throw value_error(
-          "ssm: the matrix of a mixer in panels is for the CPU; copy the model there");
-    }
+    const typename B::scope scope(p.ctx);
+    return panels(matrix(p, u, layout), p.tape, p.ctx);
   }
 
   /// An empty state. @param max_rollback  the most tokens that rollback() must be able to undo

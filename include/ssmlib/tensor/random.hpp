@@ -1,7 +1,9 @@
 #pragma once
 
+#include <ssmlib/backend/cpu.hpp>
 #include <ssmlib/tensor/tensor.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -75,25 +77,40 @@ class philox {
   int used_ = 4;
 };
 
+namespace detail {
+
+/// A new tensor whose element i is f of a generator that has drawn i times `words` before: what one
+/// generator would give one element after the other, by all threads where that pays.
+template <Real T, int R, class F>
+[[nodiscard]] tensor<T, R> random_elements(const shape<R>& extents, std::uint64_t seed,
+                                           std::uint64_t words, F f) {
+  constexpr index_t large = index_t{1} << 20;  // starting threads is a few percent of this
+  tensor<T, R> t(extents);
+  const cpu::context ctx(t.size() < large ? 1 : cpu::context::default_threads());
+  ctx.parallel_ranges(t.size(), std::max<index_t>(1, t.size() / large), 1,
+                      [&](index_t begin, index_t end) {
+                        philox random({seed, 0, words * static_cast<std::uint64_t>(begin)});
+                        for (index_t i = begin; i < end; ++i)
+                          t.data()[i] = static_cast<T>(f(random));
+                      });
+  return t;
+}
+
+}  // namespace detail
+
 /// A new tensor with independent uniform elements in [low, high).
 template <Real T, int R>
 [[nodiscard]] tensor<T, R> uniform(const shape<R>& extents, double low, double high,
                                    std::uint64_t seed) {
-  tensor<T, R> t(extents);
-  philox random(seed);
-  for (index_t i = 0; i < t.size(); ++i)
-    t.data()[i] = static_cast<T>(random.uniform(low, high));
-  return t;
+  return detail::random_elements<T, R>(extents, seed, 2,
+                                       [&](philox& random) { return random.uniform(low, high); });
 }
 
 /// A new tensor with independent normal elements of the given standard deviation.
 template <Real T, int R>
 [[nodiscard]] tensor<T, R> normal(const shape<R>& extents, double deviation, std::uint64_t seed) {
-  tensor<T, R> t(extents);
-  philox random(seed);
-  for (index_t i = 0; i < t.size(); ++i)
-    t.data()[i] = static_cast<T>(deviation * random.normal());
-  return t;
+  return detail::random_elements<T, R>(extents, seed, 4,
+                                       [&](philox& random) { return deviation * random.normal(); });
 }
 
 }  // namespace ssm

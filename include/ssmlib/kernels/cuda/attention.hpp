@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ssmlib/backend/cuda_error.hpp>
+#include <ssmlib/kernels/cuda/rung.hpp>
 #include <ssmlib/tensor/view.hpp>
 
 #include <cuda_runtime_api.h>
@@ -14,13 +15,6 @@
 /// that a continuation sees all earlier keys.
 
 namespace ssm::kernels::cuda {
-
-/// Which kernels may be used; `automatic` takes the highest rung that fits the problem.
-enum class attention_rung {
-  automatic,
-  general,  ///< any element type, size and stride; no matrix instructions
-  hopper,   ///< bf16 through wgmma and the tensor copy engine; value_error where it does not fit
-};
 
 /// y = softmax(scale q k^T + mask) v for packed sequences; head h of `heads` uses head h * G /
 /// heads of an operand with G heads. Innermost strides are 1.
@@ -37,8 +31,8 @@ struct attention_problem {
   index_t max_key_length = 0;  ///< keys of the longest sequence; 0: max_length
   double scale = 1.0;
   bool causal = false;
-  index_t window = 0;  ///< keep t - window < s <= t; 0: all s <= t. With `causal` only.
-  attention_rung rung = attention_rung::automatic;
+  index_t window = 0;        ///< keep t - window < s <= t; 0: all s <= t. With `causal` only.
+  rung most = rung::sm_90a;  ///< the launch takes the highest rung at most this that fits
 };
 
 /// Softmax statistics: float, and double for double.
@@ -49,9 +43,12 @@ using attention_stat = accum_t<T>;
 /// tokens): each row's log of the sum of the exponentials of its logits, which the backward takes.
 /// A query without keys gets zeros and -infinity.
 ///
-/// @throws shape_error, value_error  sizes, options or a rung that do not fit together
+/// The tensor cores' rungs take bf16 with rows of whole 16-byte pieces, a positive scale and head
+/// sizes up to 256; everything else is the general kernels'.
+///
+/// @throws shape_error, value_error  sizes or options that do not fit together
 /// @cost   4 heads D flops a kept (query, key) pair; no working memory
-/// @source Dao et al. 2022, arXiv:2205.14135; Shah et al. 2024, arXiv:2407.08608 (hopper).
+/// @source Dao et al. 2022, arXiv:2205.14135; Shah et al. 2024, arXiv:2407.08608 (the sm_90a rung).
 template <class T>
 void attention_forward(cudaStream_t stream, const attention_problem<T>& problem, view<T, 3> y,
                        view<attention_stat<T>, 2> log_sum);
@@ -61,7 +58,8 @@ template <class T>
 [[nodiscard]] std::size_t attention_backward_workspace_bytes(const attention_problem<T>& problem);
 
 /// Writes the gradients of sum(dy * y); an absent one is skipped. Each element's sum has one fixed
-/// order: repeats give the same bits.
+/// order: repeats give the same bits. The tensor cores' rungs take head sizes up to 128, a head of
+/// q for every result head, and as many heads of k as of v.
 ///
 /// @param y, log_sum  results of attention_forward
 /// @throws shape_error, value_error  as attention_forward

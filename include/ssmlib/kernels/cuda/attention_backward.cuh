@@ -4,6 +4,7 @@
 #include <ssmlib/kernels/cuda/attention_backward_keys.cuh>
 #include <ssmlib/kernels/cuda/attention_backward_queries.cuh>
 #include <ssmlib/kernels/cuda/attention_general.cuh>
+#include <ssmlib/kernels/cuda/attention_mma_backward.cuh>
 
 /// @file
 /// Softmax attention, backward: one pass for dq, which sums over keys, and one for dk and dv, which
@@ -26,24 +27,24 @@ void launch_backward(cudaStream_t stream, const attention_problem<bf16>& problem
 }
 
 inline void hopper_backward(cudaStream_t stream, const attention_problem<bf16>& problem,
-                            view<const bf16, 3> y, view<const float, 2> log_sum,
                             view<const bf16, 3> dy, view<bf16, 3> dq, view<bf16, 3> dk,
-                            view<bf16, 3> dv, void* workspace) {
-  const backward_statistics statistics(problem, workspace);
-  prepare_statistics(stream, problem, y, log_sum, dy, statistics);
+                            view<bf16, 3> dv, const backward_statistics& statistics) {
   const index_t size = std::max(problem.q.extents[2], problem.v.extents[2]);
   if (size <= 64) return launch_backward<64>(stream, problem, dy, dq, dk, dv, statistics);
   if (size <= 96) return launch_backward<96>(stream, problem, dy, dq, dk, dv, statistics);
   launch_backward<128>(stream, problem, dy, dq, dk, dv, statistics);
 }
 
-/// Whether the wgmma kernels take it: dk and dv come from one pass, dq needs no sum over heads.
+/// The rung whose kernels attention_backward takes. The tensor cores' make dk and dv in one pass,
+/// and dq without a sum over heads.
 template <class T>
-[[nodiscard]] bool hopper_backward_takes(const attention_problem<T>& p, view<const T, 3> dy,
-                                         view<T, 3> dq, view<T, 3> dk, view<T, 3> dv) {
-  return hopper_takes(p, 128) && p.q.extents[1] == p.heads && p.k.extents[1] == p.v.extents[1] &&
-         rows_aligned(dy) && (!dq || rows_aligned(dq)) && (!dk || rows_aligned(dk)) &&
-         (!dv || rows_aligned(dv));
+[[nodiscard]] rung backward_rung(const attention_problem<T>& p, view<const T, 3> y,
+                                 view<const T, 3> dy, view<T, 3> dq, view<T, 3> dk, view<T, 3> dv) {
+  const bool fits = tensor_cores_take(p, 128) && p.q.extents[1] == p.heads &&
+                    p.k.extents[1] == p.v.extents[1] && rows_aligned(y) && rows_aligned(dy) &&
+                    (!dq || rows_aligned(dq)) && (!dk || rows_aligned(dk)) &&
+                    (!dv || rows_aligned(dv));
+  return fits ? usable_rung(p.most) : rung::general;
 }
 
 template <class T>
@@ -84,11 +85,14 @@ void attention_backward(cudaStream_t stream, const attention_problem<T>& problem
   using namespace detail;
   check_backward(problem, y, log_sum, dy, dq, dk, dv);
   if (problem.sequences == 0) return;
-  const bool fits = hopper_backward_takes(problem, dy, dq, dk, dv) && rows_aligned(y);
-  if (problem.rung == attention_rung::hopper && !fits) refuse_hopper("backward");
   if constexpr (std::is_same_v<T, bf16>) {
-    if (fits && problem.rung != attention_rung::general)
-      return hopper_backward(stream, problem, y, log_sum, dy, dq, dk, dv, workspace);
+    const rung kernels = backward_rung(problem, y, dy, dq, dk, dv);
+    if (kernels != rung::general) {
+      const backward_statistics statistics(problem, workspace);
+      prepare_statistics(stream, problem, y, log_sum, dy, statistics);
+      return kernels == rung::sm_90a ? hopper_backward(stream, problem, dy, dq, dk, dv, statistics)
+                                     : mma_backward(stream, problem, dy, dq, dk, dv, statistics);
+    }
   }
   general_backward(stream, problem, y, log_sum, dy, dq, dk, dv,
                    static_cast<attention_stat<T>*>(workspace));

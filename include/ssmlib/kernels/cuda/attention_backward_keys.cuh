@@ -62,22 +62,6 @@ struct backward_keys_shared {
   }
 };
 
-/// The query tiles [first, end) of one piece of work, for each of its heads.
-template <class Tile>
-struct backward_keys_range {
-  attention_span span;
-  int key0, first, end;
-
-  SSMLIB_DEVICE backward_keys_range(const attention_layout& layout, const attention_tile& work) {
-    span = layout.span(work.sequence);
-    key0 = work.tile * Tile::keys;
-    int low = 0, high = 0;
-    if (key0 < span.keys) layout.queries_of(span, key0, key0 + Tile::keys, low, high);
-    first = low / Tile::queries;
-    end = high <= low ? first : (high + Tile::queries - 1) / Tile::queries;
-  }
-};
-
 template <class Tile>
 SSMLIB_DEVICE void backward_keys_copies(const backward_keys_parameters& p,
                                         const backward_keys_shared<Tile>& shared,
@@ -88,7 +72,7 @@ SSMLIB_DEVICE void backward_keys_copies(const backward_keys_parameters& p,
   const int shared_by = p.layout.heads / p.key_heads;
   for (index_t n = blockIdx.x; n < p.schedule.size(); n += gridDim.x) {
     const attention_tile work = p.schedule[n];
-    const backward_keys_range<Tile> range(p.layout, work);
+    const key_range<Tile> range(p.layout, work);
     if (range.first == range.end) continue;
     const auto key_box =
         position_of(p.layout.key_offsets != nullptr, work, work.head, range.span.key_begin);
@@ -137,7 +121,7 @@ class backward_keys_rows {
     const int shared_by = p_.layout.heads / p_.key_heads;
     for (index_t n = blockIdx.x; n < p_.schedule.size(); n += gridDim.x) {
       const attention_tile work = p_.schedule[n];
-      const backward_keys_range<Tile> range(p_.layout, work);
+      const key_range<Tile> range(p_.layout, work);
       if (range.key0 >= range.span.keys) continue;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i)
@@ -173,7 +157,7 @@ class backward_keys_rows {
   }
 
   /// Whether some query of the tile sees some key of this warpgroup, and whether all see all.
-  SSMLIB_DEVICE void compare(const backward_keys_range<Tile>& range, int query0, bool& some,
+  SSMLIB_DEVICE void compare(const key_range<Tile>& range, int query0, bool& some,
                              bool& all) const {
     const int first = query0 + range.span.shift(), last = first + N - 1;  // positions
     const int key = range.key0 + 64 * group_, key_last = key + 63;
@@ -182,7 +166,7 @@ class backward_keys_rows {
   }
 
   /// Adds what the queries of one tile contribute.
-  SSMLIB_DEVICE void add(const backward_keys_range<Tile>& range, int i) {
+  SSMLIB_DEVICE void add(const key_range<Tile>& range, int i) {
     const int stage = at_.stage, query0 = i * N;
     bool some, all;
     compare(range, query0, some, all);
@@ -264,7 +248,7 @@ class backward_keys_rows {
     }
   }
 
-  SSMLIB_DEVICE void store(const backward_keys_range<Tile>& range, int head) const {
+  SSMLIB_DEVICE void store(const key_range<Tile>& range, int head) const {
     const float scales[2] = {p_.scale, p_.scale}, ones[2] = {1.0f, 1.0f};
     bf16 *dk[2], *dv[2];
 #pragma unroll
@@ -295,6 +279,7 @@ __global__ __launch_bounds__(Tile::threads, 1) void attention_backward_keys_kern
     const __grid_constant__ backward_keys_parameters p, const __grid_constant__ CUtensorMap q_map,
     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
     const __grid_constant__ CUtensorMap dy_map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ unsigned char memory[];
   const backward_keys_shared<Tile> shared(memory);
   if (threadIdx.x == 0) shared.init();
@@ -309,6 +294,9 @@ __global__ __launch_bounds__(Tile::threads, 1) void attention_backward_keys_kern
     take_registers<240>();
     backward_keys_rows<Tile>(p, shared, group - 1).run();
   }
+#else
+  __trap();
+#endif
 }
 
 template <class Tile>

@@ -12,10 +12,10 @@ namespace ssm::kernels::cuda::detail {
 /// @tparam D  head size, rounded up
 template <int D>
 struct backward_queries_tile {
-  static constexpr int size = D, groups = 2, queries = 64 * groups, keys = D > 64 ? 96 : 128;
+  static constexpr int size = D, groups = 2, rows = 64 * groups, keys = D > 64 ? 96 : 128;
   static constexpr int stages = 2;
   static constexpr int panels = (D + 63) / 64, threads = 128 * (groups + 1);
-  static constexpr int key_panel = keys * 128, query_panel = queries * 128;
+  static constexpr int key_panel = keys * 128, query_panel = rows * 128;
   static constexpr int key_bytes = panels * key_panel, query_bytes = panels * query_panel;
   static constexpr int barriers = 2 * query_bytes + 2 * stages * key_bytes;
   static constexpr int shared_bytes = barriers + 8 * (2 + 2 * stages) + 1024;  // to align
@@ -57,22 +57,6 @@ struct backward_queries_shared {
   }
 };
 
-/// The key tiles [first, end) of one piece of work.
-template <class Tile>
-struct backward_queries_range {
-  attention_span span;
-  int row0, first, end;
-
-  SSMLIB_DEVICE backward_queries_range(const attention_layout& layout, const attention_tile& work) {
-    span = layout.span(work.sequence);
-    row0 = work.tile * Tile::queries;
-    int low = 0, high = 0;
-    if (row0 < span.queries) layout.keys_of(span, row0, row0 + Tile::queries, low, high);
-    first = low / Tile::keys;
-    end = high <= low ? first : (high + Tile::keys - 1) / Tile::keys;
-  }
-};
-
 template <class Tile>
 SSMLIB_DEVICE void backward_queries_copies(const backward_queries_parameters& p,
                                            const backward_queries_shared<Tile>& shared,
@@ -83,7 +67,7 @@ SSMLIB_DEVICE void backward_queries_copies(const backward_queries_parameters& p,
   const attention_layout& layout = p.layout;
   for (index_t n = blockIdx.x; n < p.schedule.size(); n += gridDim.x) {
     const attention_tile work = p.schedule[n];
-    const backward_queries_range<Tile> range(layout, work);
+    const query_range<Tile> range(layout, work);
     if (range.first == range.end) continue;
     const auto row_box =
         position_of(layout.offsets != nullptr, work, work.head, range.span.query_begin);
@@ -128,7 +112,7 @@ class backward_queries_rows {
   SSMLIB_DEVICE void run() {
     for (index_t n = blockIdx.x; n < p_.schedule.size(); n += gridDim.x) {
       const attention_tile work = p_.schedule[n];
-      const backward_queries_range<Tile> range(p_.layout, work);
+      const query_range<Tile> range(p_.layout, work);
       if (range.row0 >= range.span.queries) continue;
 #pragma unroll
       for (int i = 0; i < D / 2; ++i)
@@ -161,7 +145,7 @@ class backward_queries_rows {
   }
 
   /// Adds what the keys of tile i contribute.
-  SSMLIB_DEVICE void add(const backward_queries_range<Tile>& range, int i) {
+  SSMLIB_DEVICE void add(const query_range<Tile>& range, int i) {
     const int stage = at_.stage, key0 = i * N;
     const attention_layout& layout = p_.layout;
     const int position = range.row0 + 64 * group_ + range.span.shift();
@@ -213,7 +197,7 @@ class backward_queries_rows {
     products_commit();
   }
 
-  SSMLIB_DEVICE void store(const backward_queries_range<Tile>& range, int head) const {
+  SSMLIB_DEVICE void store(const query_range<Tile>& range, int head) const {
     const float scales[2] = {p_.scale, p_.scale};
     bf16* to[2];
 #pragma unroll
@@ -241,6 +225,7 @@ __global__ __launch_bounds__(Tile::threads, 1) void attention_backward_queries_k
     const __grid_constant__ backward_queries_parameters p,
     const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
     const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap dy_map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ unsigned char memory[];
   const backward_queries_shared<Tile> shared(memory);
   if (threadIdx.x == 0) shared.init();
@@ -255,6 +240,9 @@ __global__ __launch_bounds__(Tile::threads, 1) void attention_backward_queries_k
     take_registers<240>();
     backward_queries_rows<Tile>(p, shared, group - 1).run();
   }
+#else
+  __trap();
+#endif
 }
 
 template <class Tile>
@@ -271,14 +259,14 @@ void launch_backward_queries(cudaStream_t stream, const attention_problem<bf16>&
   const bool packed = p.layout.offsets != nullptr, key_packed = p.layout.key_offsets != nullptr;
   const index_t n = problem.sequences, length = p.layout.max_key_length;
   p.schedule =
-      make_schedule(n, p.layout.heads, p.layout.max_length, Tile::queries, true,
+      make_schedule(n, p.layout.heads, p.layout.max_length, Tile::rows, true,
                     length * 4 * Tile::size, problem.heads / std::max(p.k_heads, p.v_heads));
   const index_t tiles = p.schedule.pairs * p.schedule.tiles;
   if (tiles == 0) return;
-  const attention_boxes q(problem.q, packed, n, p.layout.max_length, Tile::queries),
+  const attention_boxes q(problem.q, packed, n, p.layout.max_length, Tile::rows),
       k(problem.k, key_packed, n, length, Tile::keys),
       v(problem.v, key_packed, n, length, Tile::keys),
-      d(dy, packed, n, p.layout.max_length, Tile::queries);
+      d(dy, packed, n, p.layout.max_length, Tile::rows);
   const unsigned blocks =
       persistent_blocks(attention_backward_queries_kernel<Tile>, Tile::shared_bytes, tiles);
   attention_backward_queries_kernel<Tile>

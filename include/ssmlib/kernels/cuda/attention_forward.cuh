@@ -2,12 +2,13 @@
 
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/kernels/cuda/attention_general.cuh>
+#include <ssmlib/kernels/cuda/attention_mma_forward.cuh>
 #include <ssmlib/kernels/cuda/attention_tile.cuh>
 
 /// @file
-/// Softmax attention, forward. On Hopper: one warp of copies feeds warpgroups of 64 queries each,
-/// which take turns: one multiplies while another computes exponentials, and within one, the next
-/// tile's logits are multiplied while this tile's values are added.
+/// Softmax attention, forward. On the sm_90a rung: one warp of copies feeds warpgroups of 64
+/// queries each, which take turns: one multiplies while another computes exponentials, and within
+/// one, the next tile's logits are multiplied while this tile's values are added.
 
 namespace ssm::kernels::cuda {
 
@@ -68,23 +69,6 @@ struct forward_shared {
   }
 };
 
-/// The key tiles [first, end) of one piece of work; none: its rows see no key.
-template <class Tile>
-struct forward_range {
-  attention_span span;
-  int row0, first, end;
-
-  SSMLIB_DEVICE forward_range(const attention_layout& layout, const attention_tile& work) {
-    span = layout.span(work.sequence);
-    row0 = work.tile * Tile::rows;
-    int low = 0, high = 0;
-    if (row0 < span.queries) layout.keys_of(span, row0, row0 + Tile::rows, low, high);
-    first = low / Tile::keys;
-    end = max(first, (high + Tile::keys - 1) / Tile::keys);
-    if (high <= low) end = first;
-  }
-};
-
 template <class Tile>
 SSMLIB_DEVICE void forward_copies(const forward_parameters& p, const forward_shared<Tile>& shared,
                                   const CUtensorMap* q_map, const CUtensorMap* k_map,
@@ -94,7 +78,7 @@ SSMLIB_DEVICE void forward_copies(const forward_parameters& p, const forward_sha
   const attention_layout& layout = p.layout;
   for (index_t n = blockIdx.x; n < p.schedule.size(); n += gridDim.x) {
     const attention_tile work = p.schedule[n];
-    const forward_range<Tile> range(layout, work);
+    const query_range<Tile> range(layout, work);
     if (range.first == range.end) continue;
     const auto q_box =
         position_of(layout.offsets != nullptr, work, head_of(work.head, layout.heads, p.q_heads),
@@ -122,41 +106,6 @@ SSMLIB_DEVICE void forward_copies(const forward_parameters& p, const forward_sha
   }
 }
 
-/// What a thread keeps of its two rows.
-struct row_sums {
-  float largest[2], sum[2];  // of raw logits; of this thread's columns
-};
-
-/// Logits become weights; `factor` is what earlier sums of the rows must be multiplied by.
-template <int N>
-SSMLIB_DEVICE void online_softmax(float (&s)[N / 2], row_sums& rows, float unit,
-                                  float (&factor)[2]) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float high = fmaxf(s[2 * r], s[2 * r + 1]);
-#pragma unroll
-    for (int j = 1; j < N / 8; ++j)
-      high = fmaxf(high, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
-    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
-    high = fmaxf(high, rows.largest[r]);
-    const float shift = high == -INFINITY ? 0.0f : high * unit;
-    factor[r] = power_of_2(fmaf(rows.largest[r], unit, -shift));
-    rows.largest[r] = high;
-    float sum[2] = {};
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = s[4 * j + 2 * r + e];
-        x = power_of_2(fmaf(x, unit, -shift));
-        sum[e] += x;
-      }
-    }
-    rows.sum[r] = fmaf(rows.sum[r], factor[r], sum[0] + sum[1]);
-  }
-}
-
 template <class Tile>
 class forward_rows {
  public:
@@ -175,7 +124,7 @@ class forward_rows {
     if (group_ == Tile::groups - 1) named_barrier_arrive(turn(0), 256);
     for (index_t n = blockIdx.x; n < p_.schedule.size(); n += gridDim.x) {
       const attention_tile work = p_.schedule[n];
-      const forward_range<Tile> range(p_.layout, work);
+      const query_range<Tile> range(p_.layout, work);
       rows_ = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
 #pragma unroll
       for (int i = 0; i < D / 2; ++i)
@@ -196,7 +145,7 @@ class forward_rows {
     return panel_descriptor(shared_address(shared_.k + stage * Tile::kv_bytes));
   }
 
-  SSMLIB_DEVICE void attend(const forward_range<Tile>& range) {
+  SSMLIB_DEVICE void attend(const query_range<Tile>& range) {
     const std::uint64_t q = panel_descriptor(shared_address(shared_.q) + group_ * 64 * 128);
     float factor[2];
     barrier_wait(shared_.q_full, q_at_.parity);
@@ -240,7 +189,7 @@ class forward_rows {
   }
 
   /// The logits of tile i, which are there, become weights; the keys are released.
-  SSMLIB_DEVICE void weigh(const forward_range<Tile>& range, int i, float (&factor)[2]) {
+  SSMLIB_DEVICE void weigh(const query_range<Tile>& range, int i, float (&factor)[2]) {
     release(shared_.k_free + k_at_.stage);
     k_at_.next();
     const attention_layout& layout = p_.layout;
@@ -255,7 +204,7 @@ class forward_rows {
   }
 
   /// Starts o += w v for tile i.
-  SSMLIB_DEVICE void add_values(const forward_range<Tile>& range, int i) {
+  SSMLIB_DEVICE void add_values(const query_range<Tile>& range, int i) {
     unsigned char* tile = shared_.v + v_at_.stage * Tile::kv_bytes;
     barrier_wait(shared_.v_full + v_at_.stage, v_at_.parity);
     // Behind a packed sequence's last value another sequence begins: 0 times it might be NaN.
@@ -265,7 +214,7 @@ class forward_rows {
     products_commit();
   }
 
-  SSMLIB_DEVICE void store(const forward_range<Tile>& range, int head) {
+  SSMLIB_DEVICE void store(const query_range<Tile>& range, int head) {
     float factor[2];
     bf16* to[2];
 #pragma unroll
@@ -301,6 +250,7 @@ template <class Tile>
 __global__ __launch_bounds__(Tile::threads, 1) void attention_forward_kernel(
     const __grid_constant__ forward_parameters p, const __grid_constant__ CUtensorMap q_map,
     const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ unsigned char memory[];
   const forward_shared<Tile> shared(memory);
   if (threadIdx.x == 0) shared.init();
@@ -313,6 +263,9 @@ __global__ __launch_bounds__(Tile::threads, 1) void attention_forward_kernel(
     take_registers<Tile::product_registers>();
     forward_rows<Tile>(p, shared, group - 1).run();
   }
+#else
+  __trap();
+#endif
 }
 
 template <class Tile>
@@ -353,6 +306,12 @@ inline void hopper_forward(cudaStream_t stream, const attention_problem<bf16>& p
   launch_forward<forward_tile<256, 64, 2>>(stream, problem, y, log_sum);
 }
 
+/// The rung whose kernels attention_forward takes.
+template <class T>
+[[nodiscard]] rung forward_rung(const attention_problem<T>& p, view<T, 3> y) {
+  return tensor_cores_take(p, 256) && rows_aligned(y) ? usable_rung(p.most) : rung::general;
+}
+
 }  // namespace detail
 
 template <class T>
@@ -370,11 +329,10 @@ void attention_forward(cudaStream_t stream, const attention_problem<T>& problem,
                       " heads of " + std::to_string(tokens) + " tokens in both, log_sum by heads");
   }
   if (tokens == 0 || problem.sequences == 0) return;
-  const bool fits = hopper_takes(problem, 256) && rows_aligned(y);
-  if (problem.rung == attention_rung::hopper && !fits) refuse_hopper("forward");
   if constexpr (std::is_same_v<T, bf16>) {
-    if (fits && problem.rung != attention_rung::general)
-      return hopper_forward(stream, problem, y, log_sum);
+    const rung kernels = forward_rung(problem, y);
+    if (kernels == rung::sm_90a) return hopper_forward(stream, problem, y, log_sum);
+    if (kernels == rung::sm_80) return mma_forward(stream, problem, y, log_sum);
   }
   general_forward(stream, problem, y, log_sum);
 }

@@ -2,6 +2,7 @@
 
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/kernels/cuda/device.cuh>
+#include <ssmlib/kernels/cuda/rung.cuh>
 
 #include <algorithm>
 #include <cstdint>
@@ -168,9 +169,9 @@ template <class T>
          (x.extents[1] <= 1 || x.strides[1] % piece == 0);
 }
 
-/// Whether the wgmma kernels take the problem: bf16, 8-element rows, one q head a result head.
+/// Whether the tensor cores' kernels take the problem: bf16 and rows of whole 16-byte pieces.
 template <class T>
-[[nodiscard]] bool hopper_takes(const attention_problem<T>& p, index_t largest) {
+[[nodiscard]] bool tensor_cores_take(const attention_problem<T>& p, index_t largest) {
   if constexpr (!std::is_same_v<T, bf16>) {
     return false;
   } else {
@@ -181,13 +182,6 @@ template <class T>
            p.v.extents[2] > 0 && std::min(tokens[0], tokens[1]) > 0 &&
            std::max(tokens[0], tokens[1]) <= most && p.sequences <= most;
   }
-}
-
-[[noreturn]] inline void refuse_hopper(const char* what) {
-  throw value_error("ssm: attention on cuda: the hopper rung cannot take this " +
-                    std::string(what) +
-                    "; it needs bf16, a positive scale, rows of whole 16-byte pieces and head "
-                    "sizes up to 256 (backward: 128); use attention_rung::automatic");
 }
 
 }  // namespace ssm::kernels::cuda::detail

@@ -138,6 +138,74 @@ SSMLIB_DEVICE void mask_rows(float (&s)[N / 2], const kept_columns (&kept)[2], f
   }
 }
 
+/// The key tiles [first, end) of one piece of work; none: its rows see no key.
+template <class Tile>
+struct query_range {
+  attention_span span;
+  int row0, first, end;
+
+  SSMLIB_DEVICE query_range(const attention_layout& layout, const attention_tile& work) {
+    span = layout.span(work.sequence);
+    row0 = work.tile * Tile::rows;
+    int low = 0, high = 0;
+    if (row0 < span.queries) layout.keys_of(span, row0, row0 + Tile::rows, low, high);
+    first = low / Tile::keys;
+    end = max(first, (high + Tile::keys - 1) / Tile::keys);
+    if (high <= low) end = first;
+  }
+};
+
+/// The query tiles [first, end) of one piece of work, for each of its heads.
+template <class Tile>
+struct key_range {
+  attention_span span;
+  int key0, first, end;
+
+  SSMLIB_DEVICE key_range(const attention_layout& layout, const attention_tile& work) {
+    span = layout.span(work.sequence);
+    key0 = work.tile * Tile::keys;
+    int low = 0, high = 0;
+    if (key0 < span.keys) layout.queries_of(span, key0, key0 + Tile::keys, low, high);
+    first = low / Tile::queries;
+    end = high <= low ? first : (high + Tile::queries - 1) / Tile::queries;
+  }
+};
+
+/// What a thread keeps of its two rows.
+struct row_sums {
+  float largest[2], sum[2];  // of raw logits; of this thread's columns
+};
+
+/// Logits become weights; `factor` is what earlier sums of the rows must be multiplied by.
+template <int N>
+SSMLIB_DEVICE void online_softmax(float (&s)[N / 2], row_sums& rows, float unit,
+                                  float (&factor)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float high = fmaxf(s[2 * r], s[2 * r + 1]);
+#pragma unroll
+    for (int j = 1; j < N / 8; ++j)
+      high = fmaxf(high, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
+    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
+    high = fmaxf(high, rows.largest[r]);
+    const float shift = high == -INFINITY ? 0.0f : high * unit;
+    factor[r] = power_of_2(fmaf(rows.largest[r], unit, -shift));
+    rows.largest[r] = high;
+    float sum[2] = {};
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s[4 * j + 2 * r + e];
+        x = power_of_2(fmaf(x, unit, -shift));
+        sum[e] += x;
+      }
+    }
+    rows.sum[r] = fmaf(rows.sum[r], factor[r], sum[0] + sum[1]);
+  }
+}
+
 /// Lane t of each group of 4 gives u[i] to lane i and gets u[t] of lane i in place i.
 SSMLIB_DEVICE void transpose_in_quad(std::uint32_t (&u)[4]) {
   const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;

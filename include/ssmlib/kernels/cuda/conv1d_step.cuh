@@ -60,7 +60,7 @@ class conv1d_walker {
     const index_t end = min(length_, first + conv1d_walk);
     if (first >= end) return;
     values bias{};
-    if (o_.p.bias != nullptr) bias = widened(o_.p.bias + channel_);
+    if (o_.p.bias != nullptr) bias = load_numbers<count>(o_.p.bias + channel_, valid_, false);
     if constexpr (Width > 0) {
       R tap[Width][count];
       values past[Width];  // of the token at hand: the oldest first
@@ -70,9 +70,7 @@ class conv1d_walker {
       for (int j = 0; j < Width; ++j) {
 #pragma unroll
         for (int c = 0; c < count; ++c) {
-          tap[j][c] = o_.dense_weight ? R(widen(dense.v[c * Width + j]))
-                      : c < valid_    ? weight(c, j)
-                                      : R(0);
+          tap[j][c] = o_.dense_weight ? dense.v[c * Width + j] : c < valid_ ? weight(c, j) : R(0);
         }
         if (j + 1 < Width) past[j + 1] = input(first - (Width - 1) + j);
       }
@@ -123,8 +121,7 @@ class conv1d_walker {
 
  private:
   [[nodiscard]] SSMLIB_DEVICE R weight(int c, index_t j) const {
-    return widen(
-        o_.p.weight.data[(channel_ + c) * o_.p.weight.strides[0] + j * o_.p.weight.strides[1]]);
+    return o_.p.weight.data[(channel_ + c) * o_.p.weight.strides[0] + j * o_.p.weight.strides[1]];
   }
   [[nodiscard]] SSMLIB_DEVICE static values widened(const numbers<T, count>& raw) {
     values v;
@@ -132,9 +129,6 @@ class conv1d_walker {
     for (int c = 0; c < count; ++c)
       v.v[c] = widen(raw.v[c]);
     return v;
-  }
-  [[nodiscard]] SSMLIB_DEVICE values widened(const T* p) const {
-    return widened(load_numbers<count>(p, valid_, false));
   }
   [[nodiscard]] SSMLIB_DEVICE numbers<T, count> row(index_t t) const {
     return load_numbers<count>(o_.p.x.data + (begin_ + t) * o_.p.x.strides[0] + channel_, valid_,
@@ -248,7 +242,7 @@ void conv1d_step(cudaStream_t stream, const conv1d_step_problem<T>& p, view<T, 2
   o.stores = o.walks == 1 && rows > 0;
   o.dense_weight = p.weight.stride(1) == 1 && p.weight.stride(0) == p.width() &&
                    reinterpret_cast<std::uintptr_t>(p.weight.data) % 16 == 0 &&
-                   count * p.width() * static_cast<index_t>(sizeof(T)) % 16 == 0;
+                   count * p.width() * static_cast<index_t>(sizeof(accum_t<T>)) % 16 == 0;
   const unsigned blocks = conv1d_step_blocks<T>(p.sequences * o.walks * o.pieces);
   const auto launch = [&](auto kernel) {
     kernel<<<blocks, conv1d_step_threads, 0, stream>>>(o);

@@ -12,9 +12,9 @@ namespace ssm::kernels::cuda {
 
 template <class T>
 struct conv1d_step_problem {
-  view<const T, 2> x;       ///< (tokens, channels), unit inner stride
-  view<const T, 2> weight;  ///< (channels, width)
-  const T* bias = nullptr;  ///< (channels), or absent
+  view<const T, 2> x;                ///< (tokens, channels), unit inner stride
+  view<const accum_t<T>, 2> weight;  ///< (channels, width)
+  const accum_t<T>* bias = nullptr;  ///< (channels), or absent
   conv1d_activation activation = conv1d_activation::silu;
   /// (sequences, rows, channels), unit inner stride: the input at position p lies in row p mod
   /// `rows`, rows >= width - 1. Inputs before position 0 are zeros, whatever is stored.

@@ -40,9 +40,13 @@ __global__ void __launch_bounds__(logit_threads)
     log_sum_kernel(const __grid_constant__ logit_arguments<T> o) {
   using R = accum_t<T>;
   __shared__ logit_part<R> shared[logit_threads / 32];
+#if __CUDA_ARCH__ >= 900
   const auto cluster = cooperative_groups::this_cluster();
   const int parts = static_cast<int>(cluster.num_blocks());
   const int rank = static_cast<int>(cluster.block_rank());
+#else
+  constexpr int parts = 1, rank = 0;
+#endif
   const index_t row = o.team == 32 ? index_t{blockIdx.x} * (logit_threads / 32) + threadIdx.x / 32
                                    : index_t{blockIdx.x} / parts;
   if (row >= o.student.extents[0]) return;  // a whole warp where a warp is the team
@@ -72,6 +76,7 @@ __global__ void __launch_bounds__(logit_threads)
       part = combine_lanes<Pair>(lane < warps ? shared[lane] : logit_part<R>::nothing(), k);
       if (lane == 0) shared[0] = part;
     }
+#if __CUDA_ARCH__ >= 900
     if (parts > 1) {
       cluster.sync();
       if (rank == 0 && threadIdx.x < 32) {
@@ -81,6 +86,7 @@ __global__ void __launch_bounds__(logit_threads)
       }
       cluster.sync();  // the others' memory is read until here
     }
+#endif
   }
   if (thread != 0 || rank != 0) return;
   const double scale = static_cast<double>(o.scale);
@@ -127,7 +133,8 @@ void launch_log_sums(const char* name, cudaStream_t stream, logit_arguments<T> o
   o.team = o.vocabulary <= 2048 ? 32 : logit_threads;
   const int rows_a_block = o.team == 32 ? logit_threads / 32 : 1;
   int parts = 1;
-  while (o.team > 32 && parts < 8 && rows * parts < 512 && o.vocabulary / parts > 8192)
+  const bool clusters = device_rung() == rung::sm_90a;
+  while (clusters && o.team > 32 && parts < 8 && rows * parts < 512 && o.vocabulary / parts > 8192)
     parts *= 2;
   const unsigned blocks = row_blocks(name, (rows + rows_a_block - 1) / rows_a_block * parts);
   cudaLaunchAttribute attribute = {};
@@ -139,7 +146,7 @@ void launch_log_sums(const char* name, cudaStream_t stream, logit_arguments<T> o
   config.blockDim = dim3(logit_threads);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = parts > 1 ? 1 : 0;
   SSMLIB_CHECK_CUDA(cudaLaunchKernelEx(&config, log_sum_kernel<Pair, T>, o));
 }
 

@@ -6,6 +6,7 @@
 #include <ssmlib/kernels/cuda/device.cuh>
 #include <ssmlib/kernels/cuda/gated_linear.hpp>
 #include <ssmlib/kernels/cuda/mma.cuh>
+#include <ssmlib/kernels/cuda/rung.cuh>
 
 #include <algorithm>
 #include <cstdint>
@@ -321,10 +322,7 @@ void launch(cudaStream_t stream, void (*kernel)(P), index_t blocks, std::size_t 
     throw value_error("ssm: a gated kernel needs " + std::to_string(blocks) +
                       " blocks but a launch has at most 2147483647; split the batch");
   }
-  if (shared > 48 * 1024) {
-    SSMLIB_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared)));
-  }
+  allow_shared_memory_of(kernel, shared);
   kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments);
   SSMLIB_CHECK_CUDA(cudaGetLastError());
 }

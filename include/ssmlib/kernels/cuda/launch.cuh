@@ -2,6 +2,7 @@
 
 #include <ssmlib/backend/cuda_error.hpp>
 #include <ssmlib/kernels/cuda/device.cuh>
+#include <ssmlib/kernels/cuda/rung.cuh>
 
 #include <cuda_runtime.h>
 
@@ -30,14 +31,13 @@ SSMLIB_DEVICE void let_next_kernel_start() {
 }
 
 /// Launches a kernel of one trivially copyable parameter that calls wait_for_kernel_ahead().
-/// `cluster` consecutive blocks share a cluster; `shared` may exceed 48 KiB.
+/// `cluster` consecutive blocks share a cluster; `shared` may exceed 48 KiB. Where the device or
+/// its code knows neither clusters nor early starts the launch is an ordinary one, of single
+/// blocks.
 template <class P>
 void launch_overlapped(cudaStream_t stream, void (*kernel)(P), index_t blocks, int threads,
                        std::size_t shared, int cluster, const P& parameters) {
-  if (shared > 48 * 1024) {
-    SSMLIB_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared)));
-  }
+  allow_shared_memory_of(kernel, shared);
   // A multiprocessor divides its memory anew only when it is empty: kernels that are to overlap
   // must agree on the division.
   SSMLIB_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -54,7 +54,7 @@ void launch_overlapped(cudaStream_t stream, void (*kernel)(P), index_t blocks, i
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
+  config.numAttrs = device_rung() < rung::sm_90a ? 0 : cluster > 1 ? 2 : 1;
   SSMLIB_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, parameters));
   SSMLIB_CHECK_CUDA(cudaGetLastError());
 }

@@ -51,7 +51,7 @@ struct quadratic_mask {
   view<const real, 1> gamma{};   ///< (G), in [0, 1]
   view<const real, 2> log_a{};   ///< (tokens, G), at most 0; below -10,000 as -10,000
   view<const real, 2> weight{};  ///< (tokens, G), or absent: 1
-  view<const T, 2> kernel{};     ///< (G, distances), at least max_length distances
+  view<const real, 2> kernel{};  ///< (G, distances), at least max_length distances
 };
 
 /// Gradients; absent ones are not computed. Overwritten, or added to where `add` is set. q, k, x

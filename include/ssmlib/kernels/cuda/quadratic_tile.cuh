@@ -63,7 +63,7 @@ struct mask_operand {
   const double* sums;  // (G, tokens): of log_a within each sequence
   index_t tokens;
   view<const A, 2> weight;
-  const T* kernel;
+  const A* kernel;
   index_t kernel_group, kernel_step;
   index_t groups, weight_groups, heads;
 };
@@ -76,7 +76,7 @@ struct head_mask {
   const double* sums = nullptr;
   const A* weight = nullptr;
   index_t weight_step = 0;
-  const T* kernel = nullptr;
+  const A* kernel = nullptr;
   A gamma = A(0);
   double log_gamma = 0;
 
@@ -106,7 +106,7 @@ struct head_mask {
   [[nodiscard]] SSMLIB_DEVICE A weight_of(int s) const {
     return weight == nullptr ? A(1) : weight[s * weight_step];
   }
-  [[nodiscard]] SSMLIB_DEVICE A kernel_of(int d) const { return widen(kernel[d * m.kernel_step]); }
+  [[nodiscard]] SSMLIB_DEVICE A kernel_of(int d) const { return kernel[d * m.kernel_step]; }
   [[nodiscard]] SSMLIB_DEVICE A operator()(int t, int s) const {
     const int d = t - s;
     if (m.kind == quadratic_mask_kind::none) return A(1);

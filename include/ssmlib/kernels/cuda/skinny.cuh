@@ -78,21 +78,26 @@ template <class T>
                 (v.stride(0) * static_cast<index_t>(sizeof(T)) % 16 == 0 || v.extent(0) == 1));
 }
 
-/// Whether f(x) goes through the tensor cores.
+/// Whether f(x) goes through the tensor cores. Without clusters blocks keep eight rows of it: that
+/// there is room for them must not depend on how many rows there are.
 template <class X, class W, class Y>
 [[nodiscard]] bool skinny_by_tiles(const skinny_problem<X, W, Y>& p) {
   if constexpr (std::is_same_v<W, bf16>) {
     const index_t k = p.x.extent(1), group = p.group == 0 ? k : p.group;
     const bool rounded = std::is_same_v<X, bf16> || p.normalise || p.gate;
     return rounded && k % 8 == 0 && group % 8 == 0 && rows_aligned(p.x) && rows_aligned(p.gate) &&
-           rows_aligned(p.w) && reinterpret_cast<std::uintptr_t>(p.norm_weight) % 16 == 0;
+           rows_aligned(p.w) && reinterpret_cast<std::uintptr_t>(p.norm_weight) % 16 == 0 &&
+           (usable_rung(p.most) == rung::sm_90a ||
+            stream_shared_bytes(3, static_cast<int>(skinny_stream_rows), static_cast<int>(k)) <=
+                static_cast<std::size_t>(shared_bytes_of_block()));
   } else {
     return false;
   }
 }
 
 /// Rows of f(x) in the cluster kernel's workspace; 0: blocks make it themselves.
-[[nodiscard]] inline index_t packed_rows(index_t m, index_t k) {
+[[nodiscard]] inline index_t packed_rows(index_t m, index_t k, rung most) {
+  if (usable_rung(most) < rung::sm_90a) return 0;
   // Beyond this f(x) and a ring worth having do not fit a block.
   if (m <= skinny_stream_rows &&
       stream_shared_bytes(6, static_cast<int>(m), static_cast<int>(k)) <= 200 * 1024) {
@@ -102,13 +107,25 @@ template <class X, class W, class Y>
 }
 
 template <class X, class Y>
-void launch_stream(cudaStream_t stream, const skinny_arguments<X, bf16, Y>& a) {
+void launch_stream(cudaStream_t stream, skinny_arguments<X, bf16, Y> a, rung most) {
   const int tiles = (a.n + 15) / 16, blocks = std::min(multiprocessors(), tiles);
   const auto launch = [&](auto rows, auto depth) {
     constexpr int Rows = decltype(rows)::value, Depth = decltype(depth)::value;
     launch_overlapped(stream, skinny_stream_kernel<Rows, Depth, X, Y>, blocks, skinny_threads,
                       stream_shared_bytes(Depth, a.m, a.k), 1, a);
   };
+  if (usable_rung(most) < rung::sm_90a) {
+    // No clusters: eight rows after the other, which read w as often.
+    const int rows = a.m;
+    for (int first = 0; first < rows; first += static_cast<int>(skinny_stream_rows)) {
+      a.m = std::min(static_cast<int>(skinny_stream_rows), rows - first);
+      launch(std::integral_constant<int, 8>{}, std::integral_constant<int, 3>{});
+      a.x += a.m * a.x_step, a.y += a.m * a.y_step;
+      if (a.gate != nullptr) a.gate += a.m * a.gate_step;
+      if (a.residual != nullptr) a.residual += a.m * a.residual_step;
+    }
+    return;
+  }
   // As deep as leaves half of a multiprocessor's memory to the product behind, at usual sizes.
   using std::integral_constant;
   if (a.m == 1) {
@@ -169,7 +186,7 @@ std::size_t skinny_workspace_bytes(const skinny_problem<X, W, Y>& p) {
   detail::check_skinny(p);
   const index_t m = p.x.extent(0), k = p.x.extent(1);
   if (detail::skinny_by_tiles(p)) {
-    const index_t rows = detail::packed_rows(m, k);
+    const index_t rows = detail::packed_rows(m, k, p.most);
     return static_cast<std::size_t>(rows * round_up(k, 64) * 2 + rows * 4);
   }
   if (!p.normalise && !p.gate) return 0;
@@ -183,8 +200,8 @@ void skinny_forward(cudaStream_t stream, const skinny_problem<X, W, Y>& p, void*
   const auto a = detail::arguments_of(p, workspace);
   if constexpr (std::is_same_v<W, bf16>) {
     if (detail::skinny_by_tiles(p)) {
-      const index_t rows = detail::packed_rows(a.m, a.k);
-      rows == 0 ? detail::launch_stream(stream, a) : detail::launch_packed(stream, a, rows);
+      const index_t rows = detail::packed_rows(a.m, a.k, p.most);
+      rows == 0 ? detail::launch_stream(stream, a, p.most) : detail::launch_packed(stream, a, rows);
       return;
     }
   }

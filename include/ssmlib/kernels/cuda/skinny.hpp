@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ssmlib/backend/cuda_error.hpp>
+#include <ssmlib/kernels/cuda/rung.hpp>
 #include <ssmlib/tensor/view.hpp>
 
 #include <cuda_runtime_api.h>
@@ -35,6 +36,9 @@ struct skinny_problem {
   /// rests between two products. Set it where none of those since the last synchronisation of the
   /// stream, or start of the graph, writes w.
   bool early = false;
+
+  /// Below sm_90a there are no clusters, and w is read for every eight rows.
+  rung most = rung::sm_90a;
 };
 
 /// Bytes of device memory that skinny_forward works in: f(x), where blocks do not make it
@@ -51,7 +55,7 @@ template <class X, class W, class Y>
 /// is allocated and the host does not wait: a graph can capture it.
 /// @param workspace  skinny_workspace_bytes(p) bytes, aligned to 256
 /// @throws shape_error  sizes that do not fit together, more than 64 rows, or a strided row.
-/// @cost   2 m n k flops; reads w once from device memory for every m.
+/// @cost   2 m n k flops; reads w once from device memory for every m, on the sm_90a rung.
 template <class X, class W, class Y>
 void skinny_forward(cudaStream_t stream, const skinny_problem<X, W, Y>& p, void* workspace);
 

@@ -2,6 +2,7 @@
 
 #include <ssmlib/backend/cuda_error.hpp>
 #include <ssmlib/base/compiled.hpp>
+#include <ssmlib/kernels/cuda/rung.hpp>
 #include <ssmlib/tensor/view.hpp>
 
 #include <cuda_runtime_api.h>
@@ -40,7 +41,8 @@ struct ssd_problem {
   real alpha = real(1);
   const index_t* offsets = nullptr;  // of the sequences, one more than there are, on the device
   index_t sequences = 0;
-  index_t max_length = 0;  // tokens of the longest sequence, at least
+  index_t max_length = 0;    // tokens of the longest sequence, at least
+  rung most = rung::sm_90a;  // the launches take the highest rung at most this that fits
 
   [[nodiscard]] index_t key_size() const { return q.extent(2); }
   [[nodiscard]] index_t features() const { return x.extent(2); }
@@ -75,10 +77,11 @@ template <class T>
 /// y (tokens, heads, features) and the final states of ssd_problem, by chunks of tokens: inside a
 /// chunk as a masked product of scores, between chunks through the state.
 ///
-/// bf16 with key size <= 128 and 16-byte aligned rows takes the tensor cores of an sm_90 card:
-/// products of bf16 rounded once, sums, decays and states in float. Everything else takes general
-/// kernels in the accumulator's type. The same inputs give the same bits. Only rows of sequences
-/// are written. Nothing is allocated and the host does not wait: a graph can capture it.
+/// bf16 with key size <= 128 and 16-byte aligned rows takes the tensor cores, on the sm_80 and the
+/// sm_90a rung: products of bf16 rounded once, sums, decays and states in float. Everything else
+/// takes general kernels in the accumulator's type. The same inputs give the same bits. Only rows
+/// of sequences are written. Nothing is allocated and the host does not wait: a graph can capture
+/// it.
 /// @param workspace  ssd_forward_workspace_bytes(p) bytes, aligned to 256
 /// @throws shape_error  sizes that do not fit together, or a key size beyond shared memory (1,300
 ///                      in float, 650 in double)

@@ -22,7 +22,7 @@ struct ssd_backward_tile {
 
 template <class R>
 [[nodiscard]] ssd_backward_tile ssd_backward_fit(index_t key_size) {
-  constexpr index_t limit = 220 * 1024;
+  const index_t limit = std::min(220 * 1024, shared_bytes_of_block());
   const int step = static_cast<int>(std::min<index_t>(key_size, 1 << 20) | 1);
   for (const ssd_backward_tile t :
        {ssd_backward_tile{32, 32, step}, {16, 16, step}, {16, 8, step}}) {

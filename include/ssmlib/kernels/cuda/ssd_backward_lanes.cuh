@@ -76,12 +76,7 @@ SSMLIB_DEVICE void ssd_query_gradients(const ssd_gradient_context<N>& m,
     m.finish(i);
   }
   std::uint32_t left[4][4];
-#pragma unroll
-  for (int b = 0; b < 8; ++b) {
-    left[b / 2][b % 2 * 2] = pack_bf16(m.p.alpha * decayed[4 * b], m.p.alpha * decayed[4 * b + 1]);
-    left[b / 2][b % 2 * 2 + 1] =
-        pack_bf16(m.p.alpha * decayed[4 * b + 2], m.p.alpha * decayed[4 * b + 3]);
-  }
+  ssd_decayed_operand(left, decayed, m.p.alpha);
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
     store_matrix_x4(m.address(tile::mixed_at) + swizzled(16 * warp + lane % 16, 2 * b + lane / 16),
@@ -111,7 +106,6 @@ SSMLIB_DEVICE void ssd_key_gradients(const ssd_gradient_context<N>& m, const ssd
     sum[i] = 0.0f;
   m.score(scores, tile::k_at, tile::q_at);
   const std::uint64_t k_rows = panel_descriptor(m.address(tile::k_at));
-  const unsigned char* staged = m.shared + tile::out_at;
   for (int i = 0; i < m.place.lanes(); ++i) {
     const int v = m.place.first_lane + i, h = v / m.cut.parts, from = v % m.cut.parts * 64;
     const float d = m.p.d.data == nullptr ? 0.0f : *m.p.d.head(h);
@@ -167,24 +161,9 @@ SSMLIB_DEVICE void ssd_key_gradients(const ssd_gradient_context<N>& m, const ssd
     pin(out);
     m.finish(i);
     if (dx.data == nullptr) continue;
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      store_matrix_x4(
-          m.address(tile::out_at) + swizzled(16 * warp + lane % 16, 2 * b + lane / 16),
-          pack_bf16(out[8 * b], out[8 * b + 1]), pack_bf16(out[8 * b + 2], out[8 * b + 3]),
-          pack_bf16(out[8 * b + 4], out[8 * b + 5]), pack_bf16(out[8 * b + 6], out[8 * b + 7]));
-    }
-    __syncwarp();
-    bf16* to = dx.data + m.place.token * dx.token + h * dx.group + from + lane % 8 * 8;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int r = 16 * warp + 4 * e + lane / 8;
-      const uint4 values = *reinterpret_cast<const uint4*>(staged + swizzled(r, lane % 8));
-      if (r < m.place.n && from + lane % 8 * 8 < m.p.features) {
-        *reinterpret_cast<uint4*>(to + r * dx.token) = values;
-      }
-    }
-    __syncwarp();
+    ssd_write_rows(out, m.address(tile::out_at), m.shared + tile::out_at,
+                   dx.data + m.place.token * dx.token + h * dx.group + from, dx.token, m.place.n,
+                   m.p.features - from, warp, lane);
   }
   named_barrier_sync(2, 256);
   std::uint32_t left[4][4];
@@ -200,65 +179,19 @@ SSMLIB_DEVICE void ssd_key_gradients(const ssd_gradient_context<N>& m, const ssd
   ssd_store_rows<N>(sum, dk, m.cut.k, m.cut, m.place, m.p.key_size, warp, lane);
 }
 
-/// A warp: the products of a lane's state and its gradient, and then the gradients of its tokens'
-/// decays and weights, from what the computing warps leave.
+/// A warp: the products of a lane's state and its gradient, and then the gradients of its tokens.
 template <int N>
 SSMLIB_DEVICE void ssd_finish_lane(const ssd_gradient_context<N>& m, int i) {
   using tile = ssd_gradient_tile<N>;
-  const int lane = m.lane;
   m.stages.wait_full(i);
   const unsigned char* here = m.stage(i);
   float kappa = 0.0f;
 #pragma unroll 2
-  for (int e = lane * 16; e < tile::key_bytes; e += 512) {
-    const uint4 a = *reinterpret_cast<const uint4*>(here + tile::h_at + e);
-    const uint4 b = *reinterpret_cast<const uint4*>(here + tile::e_at + e);
-    const auto dot = [](std::uint32_t u, std::uint32_t v) {
-      return __uint_as_float(u << 16) * __uint_as_float(v << 16) +
-             __uint_as_float(u & 0xffff0000u) * __uint_as_float(v & 0xffff0000u);
-    };
-    kappa += (dot(a.x, b.x) + dot(a.y, b.y)) + (dot(a.z, b.z) + dot(a.w, b.w));
-  }
-  const ssd_backward_decays& decays = m.decays(i);
-  kappa = decays.total * warp_sum(kappa);
+  for (int e = m.lane * 16; e < tile::key_bytes; e += 512)
+    kappa += ssd_image_dot(here + tile::h_at + e, here + tile::e_at + e);
+  kappa = warp_sum(kappa);
   barrier_wait(m.summed(i), (i / tile::stages) & 1);
-  const ssd_lane_sums& sums = m.sums(i);
-  float change[2], weight[2], after[2];
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const int t = 2 * lane + e;
-    const float w = decays.sum_and_weight[t].y;
-    const float column =
-        (sums.column[0][t] + sums.column[1][t]) + (sums.column[2][t] + sums.column[3][t]);
-    weight[e] = column + sums.diagonal[t] + sums.after[t];
-    after[e] = w * sums.after[t];
-    // Sums over the pairs on both sides of token t: those of rows from t on, less those of columns
-    // from t on. Both are sums of the same numbers without the diagonal.
-    change[e] = sums.row[t] - w * column + sums.before[t];
-  }
-  float behind = change[0] + change[1], ahead = after[0] + after[1];
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const float right = __shfl_down_sync(0xffffffffu, behind, step);
-    const float left = __shfl_up_sync(0xffffffffu, ahead, step);
-    if (lane + step < 32) behind += right;
-    if (lane >= step) ahead += left;
-  }
-  float left = __shfl_up_sync(0xffffffffu, ahead, 1),
-        right = __shfl_down_sync(0xffffffffu, behind, 1);
-  if (lane == 0) left = 0.0f;
-  if (lane == 31) right = 0.0f;
-  const float log_a[2] = {behind + left + kappa, change[1] + right + left + after[0] + kappa};
-  const ssd_token_sums<float>& to = m.cut.sums;
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const int t = 2 * lane + e;
-    if (t >= m.place.n) continue;
-    const index_t at = (m.place.token + t) * m.cut.lanes + m.place.first_lane + i;
-    to.log_a[at] = log_a[e];
-    to.weight[at] = weight[e];
-    to.skip[at] = sums.skip[t];
-  }
+  ssd_token_gradients(m.decays(i), m.sums(i), kappa, m.cut, m.place, i, m.lane);
   barrier_arrive_warp(m.stages.free(i));
 }
 

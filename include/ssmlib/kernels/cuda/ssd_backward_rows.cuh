@@ -120,6 +120,38 @@ SSMLIB_DEVICE void ssd_store_rows(const float (&d)[N / 2], const ssd_operand<bf1
   }
 }
 
+/// The sums of decayed products as the bf16 left operand of four products.
+SSMLIB_DEVICE void ssd_decayed_operand(std::uint32_t (&left)[4][4], const float (&decayed)[32],
+                                       float alpha) {
+#pragma unroll
+  for (int b = 0; b < 8; ++b) {
+    left[b / 2][b % 2 * 2] = pack_bf16(alpha * decayed[4 * b], alpha * decayed[4 * b + 1]);
+    left[b / 2][b % 2 * 2 + 1] = pack_bf16(alpha * decayed[4 * b + 2], alpha * decayed[4 * b + 3]);
+  }
+}
+
+/// A warp writes its 16 rows of a product (64 x 64) by way of a panel, of which it uses its own
+/// rows: in whole pieces of 16 bytes, up to row n and column `columns`.
+SSMLIB_DEVICE void ssd_write_rows(const float (&out)[32], std::uint32_t panel,
+                                  const unsigned char* staged, bf16* to, index_t step, int n,
+                                  int columns, int warp, int lane) {
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    store_matrix_x4(
+        panel + swizzled(16 * warp + lane % 16, 2 * b + lane / 16),
+        pack_bf16(out[8 * b], out[8 * b + 1]), pack_bf16(out[8 * b + 2], out[8 * b + 3]),
+        pack_bf16(out[8 * b + 4], out[8 * b + 5]), pack_bf16(out[8 * b + 6], out[8 * b + 7]));
+  }
+  __syncwarp();
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int row = 16 * warp + 4 * e + lane / 8, column = lane % 8 * 8;
+    const uint4 values = *reinterpret_cast<const uint4*>(staged + swizzled(row, lane % 8));
+    if (row < n && column < columns) *reinterpret_cast<uint4*>(to + row * step + column) = values;
+  }
+  __syncwarp();
+}
+
 /// Keeps one half of 2 Half numbers, plus those of the lane `step` across; that one keeps the
 /// other.
 template <int Half>
@@ -197,6 +229,61 @@ SSMLIB_DEVICE void ssd_mix_transposed(std::uint32_t (&mixed)[4][4], const float 
     }
     mixed[b / 2][b % 2 * 2] = pack_bf16(m[0], m[1]);
     mixed[b / 2][b % 2 * 2 + 1] = pack_bf16(m[2], m[3]);
+  }
+}
+
+/// The product of 16 bytes of the images of a state and of its gradient.
+SSMLIB_DEVICE float ssd_image_dot(const unsigned char* state, const unsigned char* gradient) {
+  const uint4 a = *reinterpret_cast<const uint4*>(state);
+  const uint4 b = *reinterpret_cast<const uint4*>(gradient);
+  const auto dot = [](std::uint32_t u, std::uint32_t v) {
+    return __uint_as_float(u << 16) * __uint_as_float(v << 16) +
+           __uint_as_float(u & 0xffff0000u) * __uint_as_float(v & 0xffff0000u);
+  };
+  return (dot(a.x, b.x) + dot(a.y, b.y)) + (dot(a.z, b.z) + dot(a.w, b.w));
+}
+
+/// A warp: the gradients of the decays and weights of a lane's tokens, the i-th lane of the block,
+/// from what the computing warps leave; `dot` is the product of the state and its gradient.
+SSMLIB_DEVICE void ssd_token_gradients(const ssd_backward_decays& decays, const ssd_lane_sums& sums,
+                                       float dot, const ssd_backward_cut& cut,
+                                       const ssd_gradient_place& place, int i, int lane) {
+  const float kappa = decays.total * dot;
+  float change[2], weight[2], after[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int t = 2 * lane + e;
+    const float w = decays.sum_and_weight[t].y;
+    const float column =
+        (sums.column[0][t] + sums.column[1][t]) + (sums.column[2][t] + sums.column[3][t]);
+    weight[e] = column + sums.diagonal[t] + sums.after[t];
+    after[e] = w * sums.after[t];
+    // Sums over the pairs on both sides of token t: those of rows from t on, less those of columns
+    // from t on. Both are sums of the same numbers without the diagonal.
+    change[e] = sums.row[t] - w * column + sums.before[t];
+  }
+  float behind = change[0] + change[1], ahead = after[0] + after[1];
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const float right = __shfl_down_sync(0xffffffffu, behind, step);
+    const float left = __shfl_up_sync(0xffffffffu, ahead, step);
+    if (lane + step < 32) behind += right;
+    if (lane >= step) ahead += left;
+  }
+  float left = __shfl_up_sync(0xffffffffu, ahead, 1),
+        right = __shfl_down_sync(0xffffffffu, behind, 1);
+  if (lane == 0) left = 0.0f;
+  if (lane == 31) right = 0.0f;
+  const float log_a[2] = {behind + left + kappa, change[1] + right + left + after[0] + kappa};
+  const ssd_token_sums<float>& to = cut.sums;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int t = 2 * lane + e;
+    if (t >= place.n) continue;
+    const index_t at = (place.token + t) * cut.lanes + place.first_lane + i;
+    to.log_a[at] = log_a[e];
+    to.weight[at] = weight[e];
+    to.skip[at] = sums.skip[t];
   }
 }
 

@@ -140,6 +140,34 @@ SSMLIB_DEVICE void ssd_stage_image(const float (&state)[N / 2], unsigned char* i
   __syncwarp();
 }
 
+/// A warp's rows of the image, 2048 bytes of each panel, to global memory.
+template <int N>
+SSMLIB_DEVICE void ssd_write_image(bf16* to, const unsigned char* image, int warp, int lane) {
+  auto* at = reinterpret_cast<unsigned char*>(to);
+#pragma unroll
+  for (int e = 0; e < N / 16; ++e) {
+    const int place = warp * 2048 + lane * 16 + e / 4 * 8192 + e % 4 * 512;
+    *reinterpret_cast<uint4*>(at + place) = *reinterpret_cast<const uint4*>(image + place);
+  }
+}
+
+/// x^T or dy^T with its tokens scaled for the state at the chunk's other end.
+SSMLIB_DEVICE void ssd_weigh_boundary(std::uint32_t (&x)[4][4], const ssd_backward_decays& now,
+                                      bool reverse, int lane) {
+#pragma unroll
+  for (int b = 0; b < 8; ++b) {
+    const int t = 8 * b + 2 * (lane % 4);
+    float2 w = *reinterpret_cast<const float2*>((reverse ? now.start : now.end) + t);
+    if (!reverse) {
+      const float4 weights = reinterpret_cast<const float4*>(now.sum_and_weight)[t / 2];
+      w = {w.x * weights.y, w.y * weights.w};
+    }
+    const std::uint32_t pair = pack_bf16(w.x, w.y);
+    x[b / 2][b % 2 * 2] = multiply_pairs(x[b / 2][b % 2 * 2], pair);
+    x[b / 2][b % 2 * 2 + 1] = multiply_pairs(x[b / 2][b % 2 * 2 + 1], pair);
+  }
+}
+
 template <int N>
 SSMLIB_DEVICE void ssd_walk(const ssd_arguments<bf16>& p, const ssd_backward_cut& cut,
                             const ssd_stages<ssd_boundary_tile<N>::stages>& stages,
@@ -169,18 +197,7 @@ SSMLIB_DEVICE void ssd_walk(const ssd_arguments<bf16>& p, const ssd_backward_cut
     std::uint32_t x[4][4];
     ssd_load_transposed(x, shared_address(here + tile::x_at), warp, lane);
     ssd_stage_image<N>(state, shared + tile::image_at, warp, lane);
-#pragma unroll
-    for (int b = 0; b < 8; ++b) {
-      const int t = 8 * b + 2 * (lane % 4);
-      float2 w = *reinterpret_cast<const float2*>((reverse ? now.start : now.end) + t);
-      if (!reverse) {
-        const float4 weights = reinterpret_cast<const float4*>(now.sum_and_weight)[t / 2];
-        w = {w.x * weights.y, w.y * weights.w};
-      }
-      const std::uint32_t pair = pack_bf16(w.x, w.y);
-      x[b / 2][b % 2 * 2] = multiply_pairs(x[b / 2][b % 2 * 2], pair);
-      x[b / 2][b % 2 * 2 + 1] = multiply_pairs(x[b / 2][b % 2 * 2 + 1], pair);
-    }
+    ssd_weigh_boundary(x, now, reverse, lane);
     const float total = now.total;
 #pragma unroll
     for (int e = 0; e < N / 2; ++e)
@@ -191,15 +208,8 @@ SSMLIB_DEVICE void ssd_walk(const ssd_arguments<bf16>& p, const ssd_backward_cut
     for (int j = 0; j < 4; ++j)
       warpgroup_product<N>::template run<true>(state, x[j], advance(columns, 2048 * j), 1);
     products_commit();
-    // A warp's rows of the image, 2048 bytes of each panel.
-    auto* image = reinterpret_cast<unsigned char*>(cut.image<N>(begin, s, c, v)) +
-                  (reverse ? 128 * N : 0) + warp * 2048 + lane * 16;
-    const unsigned char* staged = shared + tile::image_at + warp * 2048 + lane * 16;
-#pragma unroll
-    for (int e = 0; e < N / 16; ++e) {
-      const int at = e / 4 * tile::panel_bytes + e % 4 * 512;
-      *reinterpret_cast<uint4*>(image + at) = *reinterpret_cast<const uint4*>(staged + at);
-    }
+    ssd_write_image<N>(cut.image<N>(begin, s, c, v) + (reverse ? 64 * N : 0),
+                       shared + tile::image_at, warp, lane);
     products_wait<0>();
     pin(state);
     barrier_arrive_warp(stages.free(i));

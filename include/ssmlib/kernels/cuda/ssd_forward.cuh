@@ -2,6 +2,7 @@
 
 #include <ssmlib/kernels/cuda/hopper.cuh>
 #include <ssmlib/kernels/cuda/ssd_general.cuh>
+#include <ssmlib/kernels/cuda/ssd_mma_forward.cuh>
 #include <ssmlib/kernels/cuda/ssd_tile.cuh>
 
 #include <algorithm>
@@ -33,7 +34,7 @@ SSMLIB_DEVICE void ssd_compute(const ssd_pipeline<Tile>& pipeline, const ssd_arg
   const int chunks = (place.tokens + chunk - 1) / chunk;
   float state[N / 2];
   // Not only who reads the workspace waits: the kernel must not end before the one that fills it.
-  if constexpr (!Tile::states) wait_for_previous_kernel();
+  if constexpr (!Tile::states) wait_for_kernel_ahead();
   ssd_start_state<N>(state, p, cut, initial, place.sequence,
                      Tile::states ? place.super : place.super * cut.pieces, v, tid, Tile::states,
                      place.super == 0 && place.last);
@@ -172,30 +173,6 @@ __global__ __launch_bounds__(Tile::threads, Tile::blocks) void ssd_chunk_kernel(
 #endif
 }
 
-// Turns what the pieces of a sequence add to the state into the states after them, in place. `cut`
-// is that of the pieces.
-inline __global__ void ssd_scan_kernel(const ssd_arguments<bf16> p, const ssd_cut cut,
-                                       int state_size) {
-  const index_t i = (static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
-  if (i >= p.sequences * cut.lanes * state_size) return;
-  const int s = static_cast<int>(i / state_size / cut.lanes);
-  const int v = static_cast<int>(i / state_size % cut.lanes);
-  const index_t length = p.end(s) - p.begin(s), step = index_t{cut.lanes} * state_size;
-  const int parts = static_cast<int>((length + cut.tokens - 1) / cut.tokens);
-  float* at = cut.state + (index_t{s} * cut.slots * cut.lanes + v) * state_size + i % state_size;
-  if (parts < 3) return;
-  float4 sum = *reinterpret_cast<const float4*>(at + step);
-#pragma unroll 4
-  for (int k = 2; k < min(parts, cut.slots); ++k) {
-    const float decay = *cut.decay_of(s, k - 1, v);
-    float4* here = reinterpret_cast<float4*>(at + k * step);
-    const float4 own = *here;
-    sum = {decay * sum.x + own.x, decay * sum.y + own.y, decay * sum.z + own.z,
-           decay * sum.w + own.w};
-    *here = sum;
-  }
-}
-
 template <int N, int Groups>
 void ssd_forward_tiles(cudaStream_t stream, const ssd_problem<bf16>& p, const ssd_plan& plan,
                        const view<bf16, 3>& y, const ssd_states<bf16>& states, void* workspace) {
@@ -215,12 +192,7 @@ void ssd_forward_tiles(cudaStream_t stream, const ssd_problem<bf16>& p, const ss
     ssd_chunk_kernel<tile><<<blocks, tile::threads, tile::bytes, stream>>>(arguments, maps, pieces,
                                                                            to, initial, final);
     SSMLIB_CHECK_CUDA(cudaGetLastError());
-    if (!cut.folded) {
-      const index_t threads = p.sequences * cut.lanes * (64 * N / 4);
-      ssd_scan_kernel<<<ssd_blocks((threads + 127) / 128), 128, 0, stream>>>(arguments, pieces,
-                                                                             64 * N);
-      SSMLIB_CHECK_CUDA(cudaGetLastError());
-    }
+    if (!cut.folded) ssd_scan_states(stream, p, pieces, 64 * N);
   }
   using tile = ssd_tile<N, Groups, false>;
   SSMLIB_CHECK_CUDA(cudaFuncSetAttribute(ssd_chunk_kernel<tile>,
@@ -237,6 +209,17 @@ void ssd_forward_tiles(cudaStream_t stream, const ssd_problem<bf16>& p, const ss
   config.numAttrs = cut.supers > 1 ? 1 : 0;
   SSMLIB_CHECK_CUDA(cudaLaunchKernelEx(&config, ssd_chunk_kernel<tile>, arguments, maps, cut, to,
                                        initial, final));
+}
+
+template <int N>
+void ssd_forward_of(cudaStream_t stream, const ssd_problem<bf16>& p, const ssd_plan& plan,
+                    const view<bf16, 3>& y, const ssd_states<bf16>& states, void* workspace) {
+  const auto run = [&](auto launch) { launch(stream, p, plan, y, states, workspace); };
+  if (plan.kernels == rung::sm_90a) {
+    plan.groups == 2 ? run(ssd_forward_tiles<N, 2>) : run(ssd_forward_tiles<N, 1>);
+  } else {
+    plan.groups == 2 ? run(ssd_mma_forward<N, 2>) : run(ssd_mma_forward<N, 1>);
+  }
 }
 
 }  // namespace detail
@@ -261,16 +244,9 @@ void ssd_forward(cudaStream_t stream, const ssd_problem<T>& p, view<T, 3> y,
   if (p.sequences == 0 || p.heads == 0) return;
   if constexpr (std::is_same_v<T, bf16>) {
     const detail::ssd_plan plan = detail::ssd_plan::of(p);
-    if (plan.tiles && detail::ssd_aligned(view<const bf16, 3>(y))) {
-      const auto run = [&](auto launch) { launch(stream, p, plan, y, states, workspace); };
-      if (plan.keys == 64) {
-        plan.groups == 2 ? run(detail::ssd_forward_tiles<64, 2>)
-                         : run(detail::ssd_forward_tiles<64, 1>);
-      } else {
-        plan.groups == 2 ? run(detail::ssd_forward_tiles<128, 2>)
-                         : run(detail::ssd_forward_tiles<128, 1>);
-      }
-      return;
+    if (plan.kernels != rung::general && detail::ssd_aligned(view<const bf16, 3>(y))) {
+      return plan.keys == 64 ? detail::ssd_forward_of<64>(stream, p, plan, y, states, workspace)
+                             : detail::ssd_forward_of<128>(stream, p, plan, y, states, workspace);
     }
   }
   detail::ssd_forward_general(stream, p, y, states);

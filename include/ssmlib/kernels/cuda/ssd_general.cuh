@@ -26,7 +26,7 @@ struct ssd_general_tile {
 /// The largest tile that fits the shared memory of a block.
 template <class R>
 [[nodiscard]] ssd_general_tile ssd_general_fit(index_t key_size) {
-  constexpr index_t limit = 220 * 1024;
+  const index_t limit = std::min(220 * 1024, shared_bytes_of_block());
   // An odd step: threads along tokens meet different banks.
   const int step = static_cast<int>(std::min<index_t>(key_size, 1 << 20) | 1);
   for (const ssd_general_tile t : {ssd_general_tile{32, 32, step}, {16, 16, step}, {16, 8, step}}) {

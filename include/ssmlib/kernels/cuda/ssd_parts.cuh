@@ -2,6 +2,7 @@
 
 #include <ssmlib/base/error.hpp>
 #include <ssmlib/kernels/cuda/device.cuh>
+#include <ssmlib/kernels/cuda/rung.cuh>
 #include <ssmlib/kernels/cuda/ssd.hpp>
 
 #include <cmath>

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <ssmlib/kernels/cuda/hopper.cuh>
+#include <ssmlib/kernels/cuda/rung.cuh>
 #include <ssmlib/kernels/cuda/ssd_parts.cuh>
 
 #include <algorithm>
@@ -68,26 +68,26 @@ inline bool ssd_aligned(const view<const bf16, 3>& v) {
 
 /// What the launch does for one problem: a function of its sizes and of the card.
 struct ssd_plan {
-  bool tiles = false;  // the tensor cores' kernels
+  rung kernels = rung::general;
   int keys = 128, groups = 2;
   index_t lanes = 0, parts = 1, supers = 1, pieces = 1, tokens = 0;
 
   [[nodiscard]] static ssd_plan of(const ssd_problem<bf16>& p) {
     ssd_plan r;
-    int device = 0, major = 0, processors = 1;
-    SSMLIB_CHECK_CUDA(cudaGetDevice(&device));
-    SSMLIB_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    SSMLIB_CHECK_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    r.tiles = major == 9 && p.key_size() <= 128 && p.q.extent(0) < (index_t{1} << 31) &&
-              ssd_aligned(p.q) && ssd_aligned(p.k) && ssd_aligned(p.x);
-    if (!r.tiles || p.heads == 0 || p.sequences == 0) return r;
+    if (p.key_size() <= 128 && p.q.extent(0) < (index_t{1} << 31) && ssd_aligned(p.q) &&
+        ssd_aligned(p.k) && ssd_aligned(p.x)) {
+      r.kernels = usable_rung(p.most);
+    }
+    if (r.kernels == rung::general || p.heads == 0 || p.sequences == 0) return r;
     r.keys = p.key_size() <= 64 ? 64 : 128;
     r.parts = (p.features() + 63) / 64;
     r.lanes = p.heads * r.parts;
     // Two warpgroups of a block share q and k, so their lanes must.
     const index_t heads = p.heads / std::max(p.q.extent(1), p.k.extent(1));
     r.groups = r.parts % 2 == 0 || heads % 2 == 0 ? 2 : 1;
-    r.cut_sequences(p, processors);
+    // The sm_80 rung's blocks of two take 117 KiB, more than some of its cards have.
+    if (r.kernels == rung::sm_80 && shared_bytes_of_block() < 120 * 1024) r.groups = 1;
+    r.cut_sequences(p, device_attribute(cudaDevAttrMultiProcessorCount));
     return r;
   }
 
@@ -137,5 +137,37 @@ struct ssd_plan {
     }
   }
 };
+
+/// Turns what the pieces of a sequence add to the state into the states after them, in place. `cut`
+/// is that of the pieces.
+static __global__ void ssd_scan_kernel(const ssd_arguments<bf16> p, const ssd_cut cut,
+                                       int state_size) {
+  const index_t i = (static_cast<index_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+  if (i >= p.sequences * cut.lanes * state_size) return;
+  const int s = static_cast<int>(i / state_size / cut.lanes);
+  const int v = static_cast<int>(i / state_size % cut.lanes);
+  const index_t length = p.end(s) - p.begin(s), step = index_t{cut.lanes} * state_size;
+  const int parts = static_cast<int>((length + cut.tokens - 1) / cut.tokens);
+  float* at = cut.state + (index_t{s} * cut.slots * cut.lanes + v) * state_size + i % state_size;
+  if (parts < 3) return;
+  float4 sum = *reinterpret_cast<const float4*>(at + step);
+#pragma unroll 4
+  for (int k = 2; k < min(parts, cut.slots); ++k) {
+    const float decay = *cut.decay_of(s, k - 1, v);
+    float4* here = reinterpret_cast<float4*>(at + k * step);
+    const float4 own = *here;
+    sum = {decay * sum.x + own.x, decay * sum.y + own.y, decay * sum.z + own.z,
+           decay * sum.w + own.w};
+    *here = sum;
+  }
+}
+
+inline void ssd_scan_states(cudaStream_t stream, const ssd_problem<bf16>& p, const ssd_cut& pieces,
+                            int state_size) {
+  const index_t threads = p.sequences * pieces.lanes * (state_size / 4);
+  ssd_scan_kernel<<<ssd_blocks((threads + 127) / 128), 128, 0, stream>>>(ssd_arguments<bf16>(p),
+                                                                         pieces, state_size);
+  SSMLIB_CHECK_CUDA(cudaGetLastError());
+}
 
 }  // namespace ssm::kernels::cuda::detail

@@ -32,7 +32,7 @@ enum class toeplitz_path {
 /// unit inner stride.
 template <class T>
 struct toeplitz_problem {
-  view<const T, 2> kernel;           ///< (G, distances), at least max_length distances
+  view<const accum_t<T>, 2> kernel;  ///< (G, distances), at least max_length distances
   view<const T, 3> x;                ///< (tokens, G, P)
   view<const T, 3> q{}, k{};         ///< (tokens, G, N); absent: the matrix is L itself
   accum_t<T> alpha = accum_t<T>(1);  ///< of alpha q . k

@@ -153,7 +153,7 @@ class toeplitz_transforms {
       const kernel_range wanted = kernels_of(columns, u, count);
       if (!(wanted == have)) {
         const index_t blocks = (spectra_count * pitch + 255) / 256;
-        toeplitz_pad_kernel<T><<<blocks_for(blocks), 256, 0, stream_>>>(
+        toeplitz_pad_kernel<A><<<blocks_for(blocks), 256, 0, stream_>>>(
             p_.kernel, wanted.begin, spectra_count, run.longest, size, spectra);
         SSMLIB_CHECK_CUDA(cudaGetLastError());
         execute_plan<A>(stream_, to_spectra, spectra, area);

@@ -222,17 +222,17 @@ __global__ void __launch_bounds__(256)
 }
 
 /// Kernels first, first + 1, ... as columns; zeros beyond `length` distances or `groups` kernels.
-template <class T>
+template <class R>
 __global__ void __launch_bounds__(256)
-    toeplitz_pad_kernel(view<const T, 2> kernel, index_t first, index_t count, index_t length,
-                        index_t size, accum_t<T>* work) {
+    toeplitz_pad_kernel(view<const R, 2> kernel, index_t first, index_t count, index_t length,
+                        index_t size, R* work) {
   const index_t threads = index_t{gridDim.x} * blockDim.x, pitch = size + 2;
   for (index_t e = index_t{blockIdx.x} * blockDim.x + threadIdx.x; e < count * pitch;
        e += threads) {
     const index_t g = first + e / pitch, d = e % pitch;
     work[e] = g < kernel.extents[0] && d < length
-                  ? widen(kernel.data[g * kernel.strides[0] + d * kernel.strides[1]])
-                  : accum_t<T>(0);
+                  ? kernel.data[g * kernel.strides[0] + d * kernel.strides[1]]
+                  : R(0);
   }
 }
 

@@ -9,12 +9,15 @@
 #include <concepts>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 
 namespace ssm {
 
 /// @file
-/// alg::quadratic on CUDA: the reference that every mixer has, as on the CPU. It goes through the
-/// host, in double, and waits for the device: for tests and small problems.
+/// alg::quadratic on CUDA: the reference that every mixer has, as on the CPU. This one goes through
+/// the host, in double, and waits for the device: for tests and small problems. It is that of
+/// softmax, selective, gated and delta-rule mixers and of nodes of a user's own; gram matrices and
+/// the library's masks have kernels (lower/cuda/gram.hpp).
 
 namespace detail {
 
@@ -50,67 +53,91 @@ void add_gradients_from_host(M& to, Twin& from) {
   });
 }
 
-}  // namespace detail
-
-/// dense() on the host, the product on the device; with a state, all of it is the twin's on the
-/// host.
-/// @cost  O(T^2) time and memory, copies to the host, and the host waits.
-template <MatrixMixer M>
-requires std::same_as<typename M::backend, cuda>
-void apply_mixer(const cuda::context& ctx, alg::quadratic algorithm, const M& m,
-                 const tensor<typename M::value_type, 4, cuda>& x,
-                 const tensor<typename M::value_type, 4, cuda>& y,
-                 const carry<typename M::value_type, cuda>& c) {
-  using T = typename M::value_type;
-  detail::refuse_snapshots(c);
-  if (c.initial || c.final) {
-    const tensor<double, 4> result(y.extents());
-    carry<double> states;
-    states.initial = detail::exact_on_host(c.initial);
-    if (c.final) states.final = tensor<double, 4>(c.final.extents());
-    apply_mixer(default_context<cpu>(), algorithm, m.on_host(), detail::exact_on_host(x), result,
-                states);
-    y.copy_from(detail::on_backend<cuda>(cast<T>(result)));
-    if (c.final) c.final.copy_from(detail::on_backend<cuda>(cast<accum_t<T>>(states.final)));
-    return;
-  }
-  const sequence_layout sequences = layout_of(m);
-  const detail::device_layout layout(ctx, sequences);
-  const tensor<double, 4, cuda> matrix = detail::on_backend<cuda>(m.dense());
+/// y = dense() x, or the product with its transpose; the matrix is made on the host, in double.
+template <class T>
+void multiply_by_dense(const cuda::context& ctx, const tensor<double, 4>& dense, bool transposed,
+                       const sequence_layout& sequences, bool packed, const tensor<T, 4, cuda>& x,
+                       const tensor<T, 4, cuda>& y) {
+  if (y.size() == 0) return;
+  const device_layout layout(ctx, sequences);
+  const tensor<double, 4, cuda> matrix = on_backend<cuda>(dense);
   kernels::cuda::dense_product_problem<T> p;
   p.matrix = matrix.const_view();
+  if (transposed) std::swap(p.matrix.strides[2], p.matrix.strides[3]);
   p.x = x.const_view();
-  p.packed = static_cast<bool>(m.layout);
+  p.packed = packed;
   p.offsets = layout.offsets;
   p.sequences = layout.sequences;
   p.max_length = layout.max_length;
   kernels::cuda::dense_product<T>(ctx.stream(), p, y.view());
 }
 
+/// dense() on the host, the product on the device; with a state, all of it is the twin's on the
+/// host.
+template <MatrixMixer M>
+void apply_on_host(const cuda::context& ctx, const M& m,
+                   const tensor<typename M::value_type, 4, cuda>& x,
+                   const tensor<typename M::value_type, 4, cuda>& y,
+                   const carry<typename M::value_type, cuda>& c) {
+  using T = typename M::value_type;
+  refuse_snapshots(c);
+  if (c.initial || c.final) {
+    const tensor<double, 4> result(y.extents());
+    carry<double> states;
+    states.initial = exact_on_host(c.initial);
+    if (c.final) states.final = tensor<double, 4>(c.final.extents());
+    apply_mixer(default_context<cpu>(), alg::quadratic{}, m.on_host(), exact_on_host(x), result,
+                states);
+    y.copy_from(on_backend<cuda>(cast<T>(result)));
+    if (c.final) c.final.copy_from(on_backend<cuda>(cast<accum_t<T>>(states.final)));
+    return;
+  }
+  multiply_by_dense(ctx, m.dense(), false, layout_of(m), static_cast<bool>(m.layout), x, y);
+}
+
 /// The gradient of the twin on the host, by its dense_vjp, its kernels or central differences:
 /// whatever lower/ has for it there.
 template <MatrixMixer M>
+void apply_on_host_vjp(const M& m, const tensor<typename M::value_type, 4, cuda>& x,
+                       const tensor<typename M::value_type, 4, cuda>& dy, M& dm,
+                       const tensor<typename M::value_type, 4, cuda>& dx,
+                       const carry_gradient<typename M::value_type, cuda>& c) {
+  auto exact = m.on_host();
+  auto gradients = exact;
+  keep_wanted(gradients, dm);
+  const tensor<double, 4> exact_x = exact_on_host(x);
+  tensor<double, 4> d_x;
+  if (dx) d_x = tensor<double, 4>::zeros(dx.extents());
+  carry_gradient<double> states;
+  states.initial = exact_on_host(c.initial);
+  states.d_final = exact_on_host(c.d_final);
+  if (c.d_initial) states.d_initial = tensor<double, 4>::zeros(c.d_initial.extents());
+  apply_mixer_vjp(default_context<cpu>(), alg::quadratic{}, exact, exact_x, exact_on_host(dy),
+                  gradients, d_x, states);
+  add_gradients_from_host(dm, gradients);
+  add_from_host(dx, d_x);
+  add_from_host(c.d_initial, states.d_initial);
+}
+
+}  // namespace detail
+
+/// @cost  O(T^2) time and memory, copies to the host, and the host waits.
+template <MatrixMixer M>
 requires std::same_as<typename M::backend, cuda>
-void apply_mixer_vjp(const cuda::context&, alg::quadratic algorithm, const M& m,
+void apply_mixer(const cuda::context& ctx, alg::quadratic, const M& m,
+                 const tensor<typename M::value_type, 4, cuda>& x,
+                 const tensor<typename M::value_type, 4, cuda>& y,
+                 const carry<typename M::value_type, cuda>& c) {
+  detail::apply_on_host(ctx, m, x, y, c);
+}
+template <MatrixMixer M>
+requires std::same_as<typename M::backend, cuda>
+void apply_mixer_vjp(const cuda::context&, alg::quadratic, const M& m,
                      const tensor<typename M::value_type, 4, cuda>& x,
                      const tensor<typename M::value_type, 4, cuda>& dy, M& dm,
                      const tensor<typename M::value_type, 4, cuda>& dx,
                      const carry_gradient<typename M::value_type, cuda>& c) {
-  auto exact = m.on_host();
-  auto gradients = exact;
-  detail::keep_wanted(gradients, dm);
-  const tensor<double, 4> exact_x = detail::exact_on_host(x);
-  tensor<double, 4> d_x;
-  if (dx) d_x = tensor<double, 4>::zeros(dx.extents());
-  carry_gradient<double> states;
-  states.initial = detail::exact_on_host(c.initial);
-  states.d_final = detail::exact_on_host(c.d_final);
-  if (c.d_initial) states.d_initial = tensor<double, 4>::zeros(c.d_initial.extents());
-  apply_mixer_vjp(default_context<cpu>(), algorithm, exact, exact_x, detail::exact_on_host(dy),
-                  gradients, d_x, states);
-  detail::add_gradients_from_host(dm, gradients);
-  detail::add_from_host(dx, d_x);
-  detail::add_from_host(c.d_initial, states.d_initial);
+  detail::apply_on_host_vjp(m, x, dy, dm, dx, c);
 }
 
 }  // namespace ssm

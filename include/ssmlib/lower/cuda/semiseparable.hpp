@@ -75,6 +75,12 @@ class mask_gradient {
   tensor<V, R, cuda> target_;
   tensor<accum_t<V>, R, cuda> own_;
 };
+template <Real V, int R>
+class mask_gradient<V, R> : public added_gradient<V, R> {
+ public:
+  using added_gradient<V, R>::added_gradient;
+  void finish(const cuda::context&) const { added_gradient<V, R>::finish(); }
+};
 
 template <class L>
 struct cuda_mask_gradients;
@@ -130,6 +136,7 @@ struct cuda_ssd {
     p.offsets = layout.offsets;
     p.sequences = layout.sequences;
     p.max_length = layout.max_length;
+    p.most = kernels::cuda::rung_of(ctx.arch());
   }
   void set_gram(const tensor<T, 4, cuda>& q4, const tensor<T, 4, cuda>& k4, double alpha) {
     q = input_tokens(q4);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ssmlib/kernels/cuda/wrappers.hpp>
+#include <ssmlib/lower/cuda/quadratic.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/lower/wrappers.hpp>
 
@@ -10,8 +11,7 @@ namespace ssm {
 
 /// @file
 /// row_normalized and with_diagonal on CUDA over any mixer: each algorithm of the inner mixer, with
-/// its gradient and its state, gives that of the whole; see lower/wrappers.hpp. alg::quadratic is
-/// that of every mixer, lower/cuda/quadratic.hpp.
+/// its gradient and its state, gives that of the whole; see lower/wrappers.hpp.
 
 namespace detail {
 
@@ -30,16 +30,12 @@ template <Floating T>
   return wide;
 }
 
-}  // namespace detail
-
-/// M X + d x, from any algorithm of M.
 template <class Alg, MatrixMixer M>
-requires(!std::same_as<Alg, alg::quadratic>) void apply_mixer(
-    const cuda::context& ctx, Alg algorithm, const with_diagonal<M>& m,
-    const tensor<typename M::value_type, 4, cuda>& x,
-    const tensor<typename M::value_type, 4, cuda>& y,
-    const carry<typename M::value_type, cuda>& c) {
-  const auto inner = detail::inner_of(m);
+void apply_cuda_diagonal(const cuda::context& ctx, Alg algorithm, const with_diagonal<M>& m,
+                         const tensor<typename M::value_type, 4, cuda>& x,
+                         const tensor<typename M::value_type, 4, cuda>& y,
+                         const carry<typename M::value_type, cuda>& c) {
+  const auto inner = inner_of(m);
   if constexpr (requires { apply_mixer_plus_diagonal(ctx, algorithm, inner, m.d, x, y, c); }) {
     apply_mixer_plus_diagonal(ctx, algorithm, inner, m.d, x, y, c);
   } else {
@@ -49,13 +45,13 @@ requires(!std::same_as<Alg, alg::quadratic>) void apply_mixer(
   }
 }
 template <class Alg, MatrixMixer M>
-requires(!std::same_as<Alg, alg::quadratic>) void apply_mixer_vjp(
-    const cuda::context& ctx, Alg algorithm, const with_diagonal<M>& m,
-    const tensor<typename M::value_type, 4, cuda>& x,
-    const tensor<typename M::value_type, 4, cuda>& dy, with_diagonal<M>& dm,
-    const tensor<typename M::value_type, 4, cuda>& dx,
-    const carry_gradient<typename M::value_type, cuda>& c) {
-  const auto inner = detail::inner_of(m);
+void apply_cuda_diagonal_vjp(const cuda::context& ctx, Alg algorithm, const with_diagonal<M>& m,
+                             const tensor<typename M::value_type, 4, cuda>& x,
+                             const tensor<typename M::value_type, 4, cuda>& dy,
+                             with_diagonal<M>& dm,
+                             const tensor<typename M::value_type, 4, cuda>& dx,
+                             const carry_gradient<typename M::value_type, cuda>& c) {
+  const auto inner = inner_of(m);
   if constexpr (requires {
                   apply_mixer_plus_diagonal_vjp(ctx, algorithm, inner, m.d, x, dy, dm.inner, dm.d,
                                                 dx, c);
@@ -65,11 +61,81 @@ requires(!std::same_as<Alg, alg::quadratic>) void apply_mixer_vjp(
     using T = typename M::value_type;
     apply_mixer_vjp(ctx, algorithm, inner, x, dy, dm.inner, dx, c);
     if (!dx && !dm.d) return;
-    const detail::cuda_workspace workspace(
-        ctx, kernels::cuda::add_skip_vjp_workspace_bytes<T>(dy.const_view()));
+    const cuda_workspace workspace(ctx,
+                                   kernels::cuda::add_skip_vjp_workspace_bytes<T>(dy.const_view()));
     kernels::cuda::add_skip_vjp<T>(ctx.stream(), m.d.const_view(), x.const_view(), dy.const_view(),
                                    dm.d.view(), dx.view(), workspace.data());
   }
+}
+
+template <class Alg, MatrixMixer M>
+void apply_cuda_normalized(const cuda::context& ctx, Alg algorithm, const row_normalized<M>& m,
+                           const tensor<typename M::value_type, 4, cuda>& x,
+                           const tensor<typename M::value_type, 4, cuda>& y,
+                           const carry<typename M::value_type, cuda>& c) {
+  using T = typename M::value_type;
+  const index_t width = width_with_ones<T>(y.extent(3), c.initial || c.final || c.snapshots);
+  const tensor<T, 4, cuda> wide(y.extent(0), y.extent(1), y.extent(2), width);
+  apply_mixer(ctx, algorithm, inner_of(m), with_ones(ctx, x, width), wide, c);
+  kernels::cuda::divide_rows<T>(ctx.stream(), wide.const_view(), y.view());
+}
+template <class Alg, MatrixMixer M>
+void apply_cuda_normalized_vjp(const cuda::context& ctx, Alg algorithm, const row_normalized<M>& m,
+                               const tensor<typename M::value_type, 4, cuda>& x,
+                               const tensor<typename M::value_type, 4, cuda>& dy,
+                               row_normalized<M>& dm,
+                               const tensor<typename M::value_type, 4, cuda>& dx,
+                               const carry_gradient<typename M::value_type, cuda>& c) {
+  using T = typename M::value_type;
+  const index_t features = dy.extent(3);
+  const index_t width = width_with_ones<T>(features, c.initial || c.d_final || c.d_initial);
+  const tensor<T, 4, cuda> wide_x = with_ones(ctx, x, width);
+  const tensor<T, 4, cuda> wide(dy.extent(0), dy.extent(1), dy.extent(2), width);
+  const auto inner = inner_of(m);
+  carry<T, cuda> forward;
+  forward.initial = c.initial;
+  apply_mixer(ctx, algorithm, inner, wide_x, wide, forward);
+  kernels::cuda::divide_rows_vjp<T>(ctx.stream(), dy.const_view(), wide.view());
+  tensor<T, 4, cuda> wide_dx;
+  if (dx) wide_dx = tensor<T, 4, cuda>::zeros(wide_x.extents());
+  apply_mixer_vjp(ctx, algorithm, inner, wide_x, wide, dm.inner, wide_dx, c);
+  if (dx) add_to(dx, wide_dx.slice(3, 0, features));
+}
+
+}  // namespace detail
+
+/// M X + d x, from any algorithm of M.
+template <class Alg, MatrixMixer M>
+requires(!std::same_as<Alg, alg::quadratic>) void apply_mixer(
+    const cuda::context& ctx, Alg algorithm, const with_diagonal<M>& m,
+    const tensor<typename M::value_type, 4, cuda>& x,
+    const tensor<typename M::value_type, 4, cuda>& y,
+    const carry<typename M::value_type, cuda>& c) {
+  detail::apply_cuda_diagonal(ctx, algorithm, m, x, y, c);
+}
+template <class Alg, MatrixMixer M>
+requires(!std::same_as<Alg, alg::quadratic>) void apply_mixer_vjp(
+    const cuda::context& ctx, Alg algorithm, const with_diagonal<M>& m,
+    const tensor<typename M::value_type, 4, cuda>& x,
+    const tensor<typename M::value_type, 4, cuda>& dy, with_diagonal<M>& dm,
+    const tensor<typename M::value_type, 4, cuda>& dx,
+    const carry_gradient<typename M::value_type, cuda>& c) {
+  detail::apply_cuda_diagonal_vjp(ctx, algorithm, m, x, dy, dm, dx, c);
+}
+template <MatrixMixer M>
+void apply_mixer(const cuda::context& ctx, alg::quadratic algorithm, const with_diagonal<M>& m,
+                 const tensor<typename M::value_type, 4, cuda>& x,
+                 const tensor<typename M::value_type, 4, cuda>& y,
+                 const carry<typename M::value_type, cuda>& c) {
+  detail::apply_cuda_diagonal(ctx, algorithm, m, x, y, c);
+}
+template <MatrixMixer M>
+void apply_mixer_vjp(const cuda::context& ctx, alg::quadratic algorithm, const with_diagonal<M>& m,
+                     const tensor<typename M::value_type, 4, cuda>& x,
+                     const tensor<typename M::value_type, 4, cuda>& dy, with_diagonal<M>& dm,
+                     const tensor<typename M::value_type, 4, cuda>& dx,
+                     const carry_gradient<typename M::value_type, cuda>& c) {
+  detail::apply_cuda_diagonal_vjp(ctx, algorithm, m, x, dy, dm, dx, c);
 }
 
 /// M X divided by the row sums of M, from any algorithm of M: the sums are one more feature.
@@ -81,12 +147,7 @@ requires(!std::same_as<Alg, alg::quadratic>) void apply_mixer(
     const tensor<typename M::value_type, 4, cuda>& x,
     const tensor<typename M::value_type, 4, cuda>& y,
     const carry<typename M::value_type, cuda>& c) {
-  using T = typename M::value_type;
-  const index_t width =
-      detail::width_with_ones<T>(y.extent(3), c.initial || c.final || c.snapshots);
-  const tensor<T, 4, cuda> wide(y.extent(0), y.extent(1), y.extent(2), width);
-  apply_mixer(ctx, algorithm, detail::inner_of(m), detail::with_ones(ctx, x, width), wide, c);
-  kernels::cuda::divide_rows<T>(ctx.stream(), wide.const_view(), y.view());
+  detail::apply_cuda_normalized(ctx, algorithm, m, x, y, c);
 }
 /// @cost  the forward pass again, the gradient of M with one feature more, and three passes.
 template <class Alg, MatrixMixer M>
@@ -96,20 +157,22 @@ requires(!std::same_as<Alg, alg::quadratic>) void apply_mixer_vjp(
     const tensor<typename M::value_type, 4, cuda>& dy, row_normalized<M>& dm,
     const tensor<typename M::value_type, 4, cuda>& dx,
     const carry_gradient<typename M::value_type, cuda>& c) {
-  using T = typename M::value_type;
-  const index_t features = dy.extent(3);
-  const index_t width = detail::width_with_ones<T>(features, c.initial || c.d_final || c.d_initial);
-  const tensor<T, 4, cuda> wide_x = detail::with_ones(ctx, x, width);
-  const tensor<T, 4, cuda> wide(dy.extent(0), dy.extent(1), dy.extent(2), width);
-  const auto inner = detail::inner_of(m);
-  carry<T, cuda> forward;
-  forward.initial = c.initial;
-  apply_mixer(ctx, algorithm, inner, wide_x, wide, forward);
-  kernels::cuda::divide_rows_vjp<T>(ctx.stream(), dy.const_view(), wide.view());
-  tensor<T, 4, cuda> wide_dx;
-  if (dx) wide_dx = tensor<T, 4, cuda>::zeros(wide_x.extents());
-  apply_mixer_vjp(ctx, algorithm, inner, wide_x, wide, dm.inner, wide_dx, c);
-  if (dx) detail::add_to(dx, wide_dx.slice(3, 0, features));
+  detail::apply_cuda_normalized_vjp(ctx, algorithm, m, x, dy, dm, dx, c);
+}
+template <MatrixMixer M>
+void apply_mixer(const cuda::context& ctx, alg::quadratic algorithm, const row_normalized<M>& m,
+                 const tensor<typename M::value_type, 4, cuda>& x,
+                 const tensor<typename M::value_type, 4, cuda>& y,
+                 const carry<typename M::value_type, cuda>& c) {
+  detail::apply_cuda_normalized(ctx, algorithm, m, x, y, c);
+}
+template <MatrixMixer M>
+void apply_mixer_vjp(const cuda::context& ctx, alg::quadratic algorithm, const row_normalized<M>& m,
+                     const tensor<typename M::value_type, 4, cuda>& x,
+                     const tensor<typename M::value_type, 4, cuda>& dy, row_normalized<M>& dm,
+                     const tensor<typename M::value_type, 4, cuda>& dx,
+                     const carry_gradient<typename M::value_type, cuda>& c) {
+  detail::apply_cuda_normalized_vjp(ctx, algorithm, m, x, dy, dm, dx, c);
 }
 
 }  // namespace ssm

@@ -4,6 +4,7 @@
 #include <ssmlib/kernels/cuda/skinny.hpp>
 #include <ssmlib/lower/cuda/elements.hpp>
 #include <ssmlib/lower/cuda/elementwise.hpp>
+#include <ssmlib/lower/cuda/gradients.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/nn/linear.hpp>
 
@@ -36,6 +37,7 @@ void linear_in_fixed_order(const cuda::context& ctx, const tensor<T, 2, cuda>& x
     p.w = w.const_view();
     p.y = y.slice(0, first, last).view();
     p.bias = bias.data();
+    p.most = kernels::cuda::rung_of(ctx.arch());
     const cuda_workspace workspace(ctx, kernels::cuda::skinny_workspace_bytes(p));
     kernels::cuda::skinny_forward(ctx.stream(), p, workspace.data());
   }
@@ -53,32 +55,32 @@ void multiply(const cuda::context& ctx, const A& a, const B& b, double beta, con
 /// Through cuBLASLt; with `fixed_order` through our own kernels, in passes of 64 rows.
 template <Floating T>
 void apply_linear(const cuda::context& ctx, bool fixed_order, const tensor<T, 2, cuda>& x,
-                  const tensor<accum_t<T>, 2, cuda>& weight,
-                  const tensor<accum_t<T>, 1, cuda>& bias, const tensor<T, 2, cuda>& y) {
+                  const tensor<T, 2, cuda>& weight, const tensor<accum_t<T>, 1, cuda>& bias,
+                  const tensor<T, 2, cuda>& y) {
   if (y.size() == 0) return;
   const cuda::scope scope(ctx);
-  const tensor<T, 2, cuda> w = detail::as_type<T>(ctx, weight);
-  if (fixed_order) return detail::linear_in_fixed_order(ctx, x, w, bias, y);
+  if (fixed_order) return detail::linear_in_fixed_order(ctx, x, weight, bias, y);
   const tensor<T, 1, cuda> b = detail::as_type<T>(ctx, bias);
-  detail::multiply<T, T>(ctx, x.const_view(), kernels::cuda::exchanged(w.const_view()), 0.0,
+  detail::multiply<T, T>(ctx, x.const_view(), kernels::cuda::exchanged(weight.const_view()), 0.0,
                          y.view(), b.data());
 }
 
 /// Sums of the weight's gradient are in float for bf16, straight into the gradient.
 template <Floating T>
 void apply_linear_vjp(const cuda::context& ctx, const tensor<T, 2, cuda>& x,
-                      const tensor<accum_t<T>, 2, cuda>& weight, const tensor<T, 2, cuda>& dy,
+                      const tensor<T, 2, cuda>& weight, const tensor<T, 2, cuda>& dy,
                       const tensor<T, 2, cuda>& dx, const tensor<accum_t<T>, 2, cuda>& d_weight,
                       const tensor<accum_t<T>, 1, cuda>& d_bias) {
   if (dy.size() == 0) return;
   const cuda::scope scope(ctx);
   if (dx) {
-    const tensor<T, 2, cuda> w = detail::as_type<T>(ctx, weight);
-    detail::multiply<T, T>(ctx, dy.const_view(), w.const_view(), 1.0, dx.view());
+    const double beta = detail::overwrites(dx) ? 0.0 : 1.0;
+    detail::multiply<T, T>(ctx, dy.const_view(), weight.const_view(), beta, dx.view());
   }
   if (d_weight) {
+    const double beta = detail::overwrites(d_weight) ? 0.0 : 1.0;
     detail::multiply<accum_t<T>, T>(ctx, kernels::cuda::exchanged(dy.const_view()), x.const_view(),
-                                    1.0, d_weight.view());
+                                    beta, d_weight.view());
   }
   if (d_bias) {  // as the gradient of what is repeated over all rows; the values are not read
     const auto sum = dy + d_bias;

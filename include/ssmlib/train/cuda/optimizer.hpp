@@ -56,8 +56,8 @@ void apply_adamw(const cuda::context& ctx, const kernels::adamw_step<R>& step,
                  const std::vector<adamw_values<R, cuda>>& list) {
   std::vector<kernels::cuda::adamw_tensor<R>> tensors;
   for (const adamw_values<R, cuda>& v : list) {
-    tensors.push_back({v.gradient.data(), v.first.data(), v.second.data(), v.value.data(), nullptr,
-                       v.value.size(), v.decays});
+    tensors.push_back({v.gradient.data(), v.first.data(), v.second.data(), v.value.data(),
+                       v.copy.data(), v.value.size(), v.decays});
   }
   const detail::device_table table(ctx, tensors);
   if (table.get().pieces == 0) return;
