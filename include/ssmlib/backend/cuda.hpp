@@ -28,6 +28,17 @@ struct cuda_memory {
   static void destroy(memory_block* block) noexcept;
 };
 
+/// What a context takes its blocks from in place of its pool: the arena of a capture, or a dry run
+/// that only counts.
+class cuda_allocator {
+ public:
+  virtual ~cuda_allocator() = default;
+  /// @return memory aligned to 256 bytes. @throws backend_error  there is none.
+  [[nodiscard]] virtual void* allocate(std::size_t bytes) = 0;
+  /// Takes a block back, to be used again after the work that the context has been given so far.
+  virtual void release(void* data, std::size_t bytes) noexcept = 0;
+};
+
 /// The CUDA backend.
 ///
 /// Work is asynchronous on the context's stream; `synchronize()` and copies to the host wait. Two
@@ -59,6 +70,11 @@ struct cuda {
     void trim() const;
     /// What the context's memory comes from.
     [[nodiscard]] cudaMemPool_t pool() const;
+
+    /// From now on new blocks come from `allocator`, or from the pool again where it is null. A
+    /// block goes back to what it came from and keeps that alive.
+    void set_allocator(std::shared_ptr<cuda_allocator> allocator) const;
+    [[nodiscard]] const std::shared_ptr<cuda_allocator>& allocator() const;
 
     /// Lets products of float matrices round their factors to TF32 (10 bits of mantissa). Off at
     /// first: float products have the bits of float.

@@ -33,6 +33,7 @@ struct cuda_state {
   cudaStream_t stream = nullptr;
   cudaMemPool_t pool = nullptr;
   bool allow_tf32 = false;
+  std::shared_ptr<cuda_allocator> allocator;  // absent: the pool
   std::shared_ptr<void> products;
 
   explicit cuda_state(int device_index) : device(device_index) {
@@ -73,6 +74,7 @@ struct cuda_state {
 
 struct cuda_block : memory_block {
   std::shared_ptr<cuda_state> owner;
+  std::shared_ptr<cuda_allocator> source;  // absent: the owner's pool
 };
 
 /// The current context of this thread; none means the default one.
@@ -137,6 +139,12 @@ SSMLIB_INLINE void cuda::context::trim() const {
 SSMLIB_INLINE cudaMemPool_t cuda::context::pool() const {
   return state_->pool;
 }
+SSMLIB_INLINE void cuda::context::set_allocator(std::shared_ptr<cuda_allocator> allocator) const {
+  state_->allocator = std::move(allocator);
+}
+SSMLIB_INLINE const std::shared_ptr<cuda_allocator>& cuda::context::allocator() const {
+  return state_->allocator;
+}
 SSMLIB_INLINE void cuda::context::set_allow_tf32(bool allow) const {
   state_->allow_tf32 = allow;
 }
@@ -154,6 +162,12 @@ SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
   block->bytes = bytes;
   // A block of no bytes has an address too: a tensor without elements is not an absent one.
   const std::size_t wanted = std::max<std::size_t>(bytes, 1);
+  if (owner->allocator) {
+    block->data = owner->allocator->allocate(wanted);
+    block->owner = owner;
+    block->source = owner->allocator;
+    return block.release();
+  }
   cudaError_t status = cudaMallocFromPoolAsync(&block->data, wanted, owner->pool, owner->stream);
   if (status == cudaErrorMemoryAllocation) {  // freed blocks may wait for the stream to get there
     (void)cudaGetLastError();
@@ -177,7 +191,11 @@ SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
 
 SSMLIB_INLINE void cuda_memory::destroy(memory_block* base) noexcept {
   const std::unique_ptr<detail::cuda_block> block(static_cast<detail::cuda_block*>(base));
-  (void)cudaFreeAsync(block->data, block->owner->stream);
+  if (block->source) {
+    block->source->release(block->data, std::max<std::size_t>(block->bytes, 1));
+  } else {
+    (void)cudaFreeAsync(block->data, block->owner->stream);
+  }
 }
 
 template <>

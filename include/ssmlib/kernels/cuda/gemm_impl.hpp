@@ -34,10 +34,12 @@ struct cublas_state {
 
   cudaStream_t stream;
   cublasLtHandle_t handle = nullptr;
+  std::shared_ptr<cuda_allocator> source;  // of the workspace; absent: the pool
   void* workspace = nullptr;
   std::map<std::array<index_t, 17>, choice> choices;
 
-  explicit cublas_state(const ssm::cuda::context& ctx) : stream(ctx.stream()) {
+  explicit cublas_state(const ssm::cuda::context& ctx)
+      : stream(ctx.stream()), source(ctx.allocator()) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     SSMLIB_CHECK_CUDA(cudaStreamIsCapturing(stream, &capture));
     if (capture != cudaStreamCaptureStatusNone) {
@@ -46,15 +48,25 @@ struct cublas_state {
           "allocate; call kernels::cuda::prepare_gemm(ctx) or run one step before");
     }
     SSMLIB_CHECK_CUBLAS(cublasLtCreate(&handle));
-    const cudaError_t status =
-        cudaMallocFromPoolAsync(&workspace, workspace_bytes, ctx.pool(), stream);
-    if (status != cudaSuccess) {
+    try {
+      if (source) {
+        workspace = source->allocate(workspace_bytes);
+      } else {
+        ssm::detail::check_cuda(
+            cudaMallocFromPoolAsync(&workspace, workspace_bytes, ctx.pool(), stream),
+            "cudaMallocFromPoolAsync(32 MiB for matrix products)");
+      }
+    } catch (...) {
       (void)cublasLtDestroy(handle);
-      ssm::detail::check_cuda(status, "cudaMallocFromPoolAsync(32 MiB for matrix products)");
+      throw;
     }
   }
   ~cublas_state() {
-    (void)cudaFreeAsync(workspace, stream);
+    if (source) {
+      source->release(workspace, workspace_bytes);
+    } else {
+      (void)cudaFreeAsync(workspace, stream);
+    }
     (void)cublasLtDestroy(handle);
   }
   cublas_state(const cublas_state&) = delete;
