@@ -48,5 +48,6 @@ void add_ssd_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_attention_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_selective_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_training_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
+void add_decoding_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 
 }  // namespace cuda_bench

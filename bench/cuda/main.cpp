@@ -28,8 +28,8 @@ int main(int argc, char** argv) {
                 device.multiProcessorCount, top.copy / 1e12, top.gemm / 1e12);
     std::printf("%-56s %9s %9s %7s %7s %9s %6s %9s %6s\n", "", "ms", "floor ms", "bytes%", "flops%",
                 "peer ms", "x", "goal ms", "x");
-    for (const auto add :
-         {add_ssd_rows, add_attention_rows, add_selective_rows, add_training_rows}) {
+    for (const auto add : {add_ssd_rows, add_attention_rows, add_selective_rows, add_training_rows,
+                           add_decoding_rows}) {
       std::vector<row> rows;
       add(rows, ctx);
       for (const row& r : rows) {

@@ -6,6 +6,8 @@
 /// kernels by their own names. These headers are plain C++: link ssmlib::cuda_compiled, or include
 /// the .cuh files beside kernels/cuda/*.hpp where nvcc compiles the whole program.
 
+#include <ssmlib/backend/cuda_graph.hpp>
+#include <ssmlib/decode/cuda/decoder.hpp>
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/kernels/cuda/attention_decode.hpp>
 #include <ssmlib/kernels/cuda/conv1d.hpp>
@@ -52,6 +54,7 @@
 #include <ssmlib/lower/cuda/softmax.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/lower/cuda/wrappers.hpp>
+#include <ssmlib/mixer/cuda/mamba2_step.hpp>
 #include <ssmlib/nn/cuda/conv1d.hpp>
 #include <ssmlib/nn/cuda/discretize.hpp>
 #include <ssmlib/nn/cuda/embedding.hpp>

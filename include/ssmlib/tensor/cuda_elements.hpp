@@ -29,9 +29,11 @@ tensor<T, R, cuda> elements<cuda>::from_host(const tensor<T, R, cpu>& t) {
   if (!t) return {};
   const tensor<T, R, cpu> dense = t.contiguous();
   tensor<T, R, cuda> out(t.extents());
+  const cuda::context ctx = cuda::current();
+  ctx.note_host_copy();
   SSMLIB_CHECK_CUDA(cudaMemcpyAsync(out.data(), dense.data(),
                                     static_cast<std::size_t>(t.size()) * sizeof(T),
-                                    cudaMemcpyHostToDevice, cuda::current().stream()));
+                                    cudaMemcpyHostToDevice, ctx.stream()));
   return out;
 }
 template <class T, int R>
@@ -40,6 +42,7 @@ tensor<T, R, cpu> elements<cuda>::to_host(const tensor<T, R, cuda>& t) {
   const tensor<T, R, cuda> dense = t.contiguous();
   tensor<T, R, cpu> out(t.extents());
   const cuda::context ctx = cuda::current();
+  ctx.note_host_copy();
   SSMLIB_CHECK_CUDA(cudaMemcpyAsync(out.data(), dense.data(),
                                     static_cast<std::size_t>(t.size()) * sizeof(T),
                                     cudaMemcpyDeviceToHost, ctx.stream()));
