@@ -111,14 +111,15 @@ class model_steps {
   }
 
  private:
-  [[nodiscard]] ssm::pass<T, B> pass() const { return {ctx_, nullptr, true}; }
-  [[nodiscard]] tensor<accum_t<T>, 3> logits(const tensor<T, 3, B>& hidden) const {
+  [[nodiscard]] ssm::pass<T, B> pass() { return {ctx_, nullptr, true, &weights_}; }
+  [[nodiscard]] tensor<accum_t<T>, 3> logits(const tensor<T, 3, B>& hidden) {
     return logits_on_host(model_.head()(pass(), hidden));
   }
 
   const M& model_;
   const typename B::context& ctx_;
   typename M::state_type state_;
+  weight_cache<T, B> weights_;
 };
 
 template <Real T>

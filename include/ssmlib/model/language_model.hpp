@@ -164,8 +164,8 @@ tensor<T, 3, B> language_model<T, B>::hidden(const pass<T, B>& p,
   tensor<T, 3, B> x = embed(p, ids);
   for (const auto& b : blocks_) {
     if (checkpointing_ && p.tape != nullptr) {
-      x = checkpoint(x, p.tape, [&ctx = p.ctx, b, all](const tensor<T, 3, B>& in, tape<T, B>* t) {
-        return b->forward({ctx, t, false}, in, all);
+      x = checkpoint(x, p.tape, [p, b, all](const tensor<T, 3, B>& in, tape<T, B>* t) {
+        return b->forward({p.ctx, t, false, p.weights}, in, all);
       });
     } else {
       x = b->forward(p, x, all);
@@ -187,7 +187,7 @@ tensor<T, 3, B> language_model<T, B>::advance_from(const pass<T, B>& p, model_st
     placed = pieces.at_positions(state.positions().all());
     if constexpr (requires { apply_layout(p.ctx, placed); }) placed = apply_layout(p.ctx, placed);
   }
-  const pass<T, B> step{p.ctx, nullptr, pieces.max_length() <= max_fixed_step};
+  const pass<T, B> step{p.ctx, nullptr, pieces.max_length() <= max_fixed_step, p.weights};
   tensor<T, 3, B> x = embed(step);
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     x = blocks_[i]->advance(step, state.layers()[i], x, placed);

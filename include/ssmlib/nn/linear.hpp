@@ -91,14 +91,14 @@ template <Floating T, Backend B>
   detail::check_linear("linear", x, weight, bias);
   const typename B::scope scope(p.ctx);
   tensor<T, 3, B> y(x.extent(0), x.extent(1), weight.extent(0));
-  apply_linear(p.ctx, p.fixed_order, detail::input_tokens(x), weight, bias,
-               detail::input_tokens(y));
+  const tensor<T, 2, B> w = detail::weight_of(p, weight);
+  apply_linear(p.ctx, p.fixed_order, detail::input_tokens(x), w, bias, detail::input_tokens(y));
   if (p.tape == nullptr || !(p.tape->wants(x) || p.tape->wants(weight) || p.tape->wants(bias))) {
     return y;
   }
-  p.tape->record(y, [x, weight, bias, y, &ctx = p.ctx, t = p.tape] {
+  p.tape->record(y, [x, w, weight, bias, y, &ctx = p.ctx, t = p.tape] {
     const detail::output_tokens<T, 3, B> dx(t->gradient(x));
-    apply_linear_vjp(ctx, detail::input_tokens(x), weight, detail::input_tokens(t->gradient(y)),
+    apply_linear_vjp(ctx, detail::input_tokens(x), w, detail::input_tokens(t->gradient(y)),
                      dx.get(), t->gradient(weight), t->gradient(bias));
     dx.finish();
   });

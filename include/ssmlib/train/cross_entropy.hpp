@@ -102,15 +102,17 @@ struct target_scores {
   tensor<T, 3, B> hidden;  // (b, T, d)
   linear<T, B> head;
   target_ids<B> targets;
+  tensor<T, 2, B> weight;  // the head's, in T
   index_t block;
   tensor<double, 1, B> log_probability, log_sum;  // (tokens); 0 where a token does not count
 
-  target_scores(const char* operation, const tensor<T, 3, B>& hidden_states,
+  target_scores(const char* operation, const pass<T, B>& p, const tensor<T, 3, B>& hidden_states,
                 const linear<T, B>& lm_head, const tensor<std::int32_t, 2>& wanted,
                 std::int32_t ignore, index_t block_tokens)
       : hidden(hidden_states),
         head(lm_head),
         targets(checked(operation, hidden, head, wanted, ignore)),
+        weight(weight_of(p, head.weight)),
         block(logits_block<T, B>(block_tokens, vocabulary(), targets.size())),
         log_probability(tensor<double, 1, B>::zeros(targets.size())),
         log_sum(tensor<double, 1, B>::zeros(targets.size())) {}
@@ -155,7 +157,7 @@ struct target_scores {
   /// f(begin, end, logits, tile) for the blocks with tokens that count.
   template <class F>
   void for_each_block(const typename B::context& ctx, F f) const {
-    logits_tile<T, B> tile(hidden, head, vocabulary(), block);
+    logits_tile<T, B> tile(hidden, head, weight, vocabulary(), block);
     for (index_t begin = 0; begin < targets.size(); begin += block) {
       const index_t end = std::min(targets.size(), begin + block);
       if (targets.any_counts(begin, end)) f(begin, end, tile.compute(ctx, begin, end), tile);
@@ -187,7 +189,7 @@ template <Floating T, Backend B>
                                                 const tensor<std::int32_t, 2>& targets,
                                                 const cross_entropy_options& o = {}) {
   const typename B::scope scope(p.ctx);
-  const detail::target_scores<T, B> scores("lm_cross_entropy", hidden, head, targets,
+  const detail::target_scores<T, B> scores("lm_cross_entropy", p, hidden, head, targets,
                                            o.ignore_index, o.block_tokens);
   scores.evaluate(p.ctx);
   const index_t counted = scores.targets.counted;
@@ -279,7 +281,7 @@ tensor<accum_t<T>, 1, B> sequence_log_probability(const pass<T, B>& p,
                       std::to_string(layout.tokens()) + " tokens; wanted as many");
   }
   const typename B::scope scope(p.ctx);
-  const detail::target_scores<T, B> scores("sequence_log_probability", hidden, head, wanted,
+  const detail::target_scores<T, B> scores("sequence_log_probability", p, hidden, head, wanted,
                                            ignored, 0);
   scores.evaluate(p.ctx);
   const tensor<double, 1, B> sums(layout.sequences());

@@ -204,11 +204,13 @@ template <Floating T, Backend B>
   const index_t vocabulary = std::min(student_head.out_features(), teacher_head.out_features());
   const index_t tokens = student.extent(0) * student.extent(1);
   const index_t block = detail::logits_block<T, B>(o.block_tokens, 2 * vocabulary, tokens);
+  const tensor<T, 2, B> student_weight = detail::weight_of(p, student_head.weight),
+                        teacher_weight = detail::weight_of(p, teacher_head.weight);
   // f(begin, end, student's tile, its logits, teacher's tile, its logits) for the blocks with
   // tokens that count.
   const auto for_each_block = [=](const typename B::context& ctx, auto f) {
-    detail::logits_tile<T, B> s(student, student_head, vocabulary, block);
-    detail::logits_tile<T, B> q(teacher, teacher_head, vocabulary, block);
+    detail::logits_tile<T, B> s(student, student_head, student_weight, vocabulary, block);
+    detail::logits_tile<T, B> q(teacher, teacher_head, teacher_weight, vocabulary, block);
     for (index_t begin = 0; begin < tokens; begin += block) {
       const index_t end = std::min(tokens, begin + block);
       if (!terms.any_counts(begin, end)) continue;

@@ -24,12 +24,14 @@ template <Floating T, Backend B>
 template <Floating T, Backend B>
 class logits_tile {
  public:
+  /// @param weight      the head's, in T
   /// @param vocabulary  the first entries of the head
   /// @param block       the most tokens at a time
-  logits_tile(const tensor<T, 3, B>& hidden, const linear<T, B>& head, index_t vocabulary,
-              index_t block)
+  logits_tile(const tensor<T, 3, B>& hidden, const linear<T, B>& head,
+              const tensor<T, 2, B>& weight, index_t vocabulary, index_t block)
       : rows_(input_tokens(hidden)),
-        weight_(head.weight.slice(0, 0, vocabulary)),
+        weight_(weight.slice(0, 0, vocabulary)),
+        parameter_(head.weight.slice(0, 0, vocabulary)),
         bias_(head.bias ? head.bias.slice(0, 0, vocabulary) : head.bias),
         tile_(block, row_step(vocabulary)) {}
 
@@ -45,7 +47,8 @@ class logits_tile {
   void add_gradients(const typename B::context& ctx, tape<T, B>& tape,
                      const tensor<T, 2, B>& dx) const {
     apply_linear_vjp(ctx, rows_.slice(0, begin_, end_), weight_, logits_,
-                     rows_between(dx, begin_, end_), tape.gradient(weight_), tape.gradient(bias_));
+                     rows_between(dx, begin_, end_), tape.gradient(parameter_),
+                     tape.gradient(bias_));
   }
 
  private:
@@ -55,8 +58,8 @@ class logits_tile {
                                 : round_up(vocabulary, 16 / static_cast<index_t>(sizeof(T)));
   }
 
-  tensor<T, 2, B> rows_;
-  tensor<accum_t<T>, 2, B> weight_;
+  tensor<T, 2, B> rows_, weight_;
+  tensor<accum_t<T>, 2, B> parameter_;
   tensor<accum_t<T>, 1, B> bias_;
   tensor<T, 2, B> tile_, logits_;
   index_t begin_ = 0, end_ = 0;

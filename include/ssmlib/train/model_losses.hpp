@@ -49,7 +49,8 @@ requires detail::AlikeModels<Teacher, Student>
     const pass<typename Student::value_type, typename Student::backend>& p,
     const token_batch& batch, const kl_options& options = {}) {
   detail::check_sum("distillation_loss", options);
-  const pass<typename Student::value_type, typename Student::backend> silent{p.ctx, nullptr, false};
+  const pass<typename Student::value_type, typename Student::backend> silent{p.ctx, nullptr, false,
+                                                                             p.weights};
   kl_options undivided = options;
   undivided.divide_by = 1;
   const auto kl = lm_kl_divergence(p, student.hidden(p, batch.inputs, batch.layout), student.head(),
@@ -89,7 +90,7 @@ requires detail::AlikeModels<Policy, Reference>
     return sequence_log_probability(to, model.hidden(to, b.inputs, b.layout), model.head(),
                                     b.targets, {}, b.layout);
   };
-  const pass<T, B> silent{p.ctx, nullptr, false};
+  const pass<T, B> silent{p.ctx, nullptr, false, p.weights};
   const dpo_result<T, B> r =
       dpo_loss(p, score(policy, p, chosen), score(policy, p, rejected),
                score(reference, silent, chosen), score(reference, silent, rejected), beta);

@@ -89,7 +89,8 @@ class token_mail {
 /// The first step of a number of tokens is queued as always, the second is recorded, from then on a
 /// step is one launch, at any position; its bits are the same in all three. Nothing is allocated
 /// from then on, until a cache of keys and values is full: it doubles, and the graphs are made
-/// anew. Models with layers that cannot be recorded take every step as the first.
+/// anew. Models with layers that cannot be recorded take every step as the first. bf16 copies of
+/// the parameters are made once: make a new decoder after parameters have changed.
 template <RecordableModel M>
 class decoder {
  public:
@@ -205,7 +206,7 @@ class decoder {
     tensor<value_type, 3, cuda> logits;
   };
 
-  [[nodiscard]] ssm::pass<value_type, cuda> pass() const { return {ctx_, nullptr, true}; }
+  [[nodiscard]] ssm::pass<value_type, cuda> pass() { return {ctx_, nullptr, true, &weights_}; }
   template <class T>
   void upload(T* to, const T* from, index_t n) const {
     SSMLIB_CHECK_CUDA(cudaMemcpyAsync(to, from, static_cast<std::size_t>(n) * sizeof(T),
@@ -286,6 +287,7 @@ class decoder {
   cuda::context ctx_;
   const M& model_;
   sampling_options sampling_;
+  weight_cache<value_type, cuda> weights_;
   state_type state_;
   tensor<index_t, 1, cuda> position_, row_sequence_, row_position_;
   tensor<std::int32_t, 1, cuda> tokens_;  // of a step: its ids, then those that follow

@@ -53,28 +53,26 @@ void multiply(const cuda::context& ctx, const A& a, const B& b, double beta, con
 /// Through cuBLASLt; with `fixed_order` through our own kernels, in passes of 64 rows.
 template <Floating T>
 void apply_linear(const cuda::context& ctx, bool fixed_order, const tensor<T, 2, cuda>& x,
-                  const tensor<accum_t<T>, 2, cuda>& weight,
-                  const tensor<accum_t<T>, 1, cuda>& bias, const tensor<T, 2, cuda>& y) {
+                  const tensor<T, 2, cuda>& weight, const tensor<accum_t<T>, 1, cuda>& bias,
+                  const tensor<T, 2, cuda>& y) {
   if (y.size() == 0) return;
   const cuda::scope scope(ctx);
-  const tensor<T, 2, cuda> w = detail::as_type<T>(ctx, weight);
-  if (fixed_order) return detail::linear_in_fixed_order(ctx, x, w, bias, y);
+  if (fixed_order) return detail::linear_in_fixed_order(ctx, x, weight, bias, y);
   const tensor<T, 1, cuda> b = detail::as_type<T>(ctx, bias);
-  detail::multiply<T, T>(ctx, x.const_view(), kernels::cuda::exchanged(w.const_view()), 0.0,
+  detail::multiply<T, T>(ctx, x.const_view(), kernels::cuda::exchanged(weight.const_view()), 0.0,
                          y.view(), b.data());
 }
 
 /// Sums of the weight's gradient are in float for bf16, straight into the gradient.
 template <Floating T>
 void apply_linear_vjp(const cuda::context& ctx, const tensor<T, 2, cuda>& x,
-                      const tensor<accum_t<T>, 2, cuda>& weight, const tensor<T, 2, cuda>& dy,
+                      const tensor<T, 2, cuda>& weight, const tensor<T, 2, cuda>& dy,
                       const tensor<T, 2, cuda>& dx, const tensor<accum_t<T>, 2, cuda>& d_weight,
                       const tensor<accum_t<T>, 1, cuda>& d_bias) {
   if (dy.size() == 0) return;
   const cuda::scope scope(ctx);
   if (dx) {
-    const tensor<T, 2, cuda> w = detail::as_type<T>(ctx, weight);
-    detail::multiply<T, T>(ctx, dy.const_view(), w.const_view(), 1.0, dx.view());
+    detail::multiply<T, T>(ctx, dy.const_view(), weight.const_view(), 1.0, dx.view());
   }
   if (d_weight) {
     detail::multiply<accum_t<T>, T>(ctx, kernels::cuda::exchanged(dy.const_view()), x.const_view(),
