@@ -4,6 +4,7 @@
 #include <ssmlib/ssmlib.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <cstdint>
 #include <exception>
 #include <string>
@@ -232,6 +233,47 @@ TEST_CASE("cuda/decoding: a cache that grows is recorded anew and changes no bit
   }
   CHECK(different == 0);
   CHECK(steps.state() == plain.state);
+}
+
+// Both kernels of the step, by the sizes that each takes; a bf16 model rounds its activations to
+// 2^-9, which norms and gates pass on.
+TEMPLATE_TEST_CASE("cuda/decoding: Mamba-2 steps give what one pass on the CPU gives in double",
+                   "[cuda][decoding]", float, bf16) {
+  using T = TestType;
+  for (const bool usual_sizes : {false, true}) {
+    for (const bool norm_first : {false, true}) {
+      INFO((usual_sizes ? "P 64, N 64" : "P 6, N 5") << (norm_first ? ", norm first" : ""));
+      auto config = small_config("MM");
+      config.tie_embeddings = false;
+      config.mamba2.norm_before_gate = norm_first;
+      if (usual_sizes) {
+        config.width = 64;
+        config.mamba2.head_dim = config.mamba2.state = 64;
+      }
+      const language_model<T, cuda> here(config, 3);
+      const language_model<double> there(config, 3);
+      const auto ids = random_ids(3, 40, 5);
+      const auto wanted = there.head()({}, there.hidden({}, ids));
+      for (const index_t max_rollback : {0, 3}) {
+        decoder<language_model<T, cuda>> steps(here, 3, max_rollback);
+        double difference = 0, size = 0;
+        const index_t cycle[] = {1, 3, 16, 1, 1, 5, 3, 1, 9};
+        index_t t = 0;
+        for (const index_t n : cycle) {
+          tensor<std::int32_t, 2> piece(3, n);
+          piece.copy_from(ids.slice(1, t, t + n));
+          const auto logits = cast<double>(to<cpu>(steps.step(piece).logits, cuda::current()));
+          logits.zip_with(wanted.slice(1, t, t + n), [&](const double& x, const double& y) {
+            difference += (x - y) * (x - y);
+            size += y * y;
+          });
+          t += n;
+        }
+        CHECK(t == 40);
+        CHECK(difference <= size * (std::same_as<T, float> ? 1e-10 : 4e-4));
+      }
+    }
+  }
 }
 
 TEST_CASE("cuda/decoding: tokens are those that the CPU generates", "[cuda][decoding]") {

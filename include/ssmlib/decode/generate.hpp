@@ -79,6 +79,27 @@ template <Floating T, Backend B>
   return last;
 }
 
+template <Real T>
+[[nodiscard]] std::span<const T> logits_row(const tensor<T, 3>& logits, index_t i) {
+  return {&logits(0, i, 0), static_cast<std::size_t>(logits.extent(2))};
+}
+
+/// What follows some tokens, on the host: the most likely token after each, or all logits.
+template <Real T>
+struct followers {
+  std::vector<std::int32_t> likeliest;
+  tensor<T, 3> logits;  ///< (1, tokens, V)
+
+  /// Where temperature is 0 the likeliest alone is kept. The first of equals, as everywhere.
+  static followers of(const tensor<T, 3>& logits, bool likeliest_alone) {
+    if (!likeliest_alone) return {{}, logits};
+    followers f;
+    for (index_t i = 0; i < logits.extent(1); ++i)
+      f.likeliest.push_back(argmax(logits_row(logits, i)));
+    return f;
+  }
+};
+
 /// A batch of sequences that a model continues: what generate() and speculate() ask of a backend.
 /// That of CUDA is in decode/cuda/decoder.hpp.
 template <class M>
@@ -112,8 +133,9 @@ class model_steps {
 
  private:
   [[nodiscard]] ssm::pass<T, B> pass() { return {ctx_, nullptr, true, &weights_}; }
-  [[nodiscard]] tensor<accum_t<T>, 3> logits(const tensor<T, 3, B>& hidden) {
-    return logits_on_host(model_.head()(pass(), hidden));
+  [[nodiscard]] followers<accum_t<T>> after(const tensor<T, 3, B>& hidden, bool likeliest_alone) {
+    return followers<accum_t<T>>::of(logits_on_host(model_.head()(pass(), hidden)),
+                                     likeliest_alone);
   }
 
   const M& model_;
@@ -121,11 +143,6 @@ class model_steps {
   typename M::state_type state_;
   weight_cache<T, B> weights_;
 };
-
-template <Real T>
-[[nodiscard]] std::span<const T> logits_row(const tensor<T, 3>& logits, index_t i) {
-  return {&logits(0, i, 0), static_cast<std::size_t>(logits.extent(2))};
-}
 
 }  // namespace detail
 
@@ -153,7 +170,7 @@ template <LanguageModel M>
     for (const auto& row : fresh)
       any = any || !row.empty();
     if (!any) break;
-    const auto logits = steps.last(fresh);
+    const auto logits = steps.last(fresh, false).logits;
     for (std::size_t i = 0; i < prompts.size(); ++i) {
       if (fresh[i].empty()) continue;
       const auto sequence = static_cast<index_t>(i);

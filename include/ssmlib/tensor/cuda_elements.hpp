@@ -13,6 +13,10 @@ struct elements<cuda> {
                    std::size_t element_bytes);
   template <class T>
   static void add(T* to, const strided_axes& to_axes, const T* from, const strided_axes& from_axes);
+  /// Bytes of the host, which may be changed as soon as the call returns: as parameters of kernels,
+  /// without waiting for the device, or where they are many (256 KiB) when the device has them. A
+  /// cudaMemcpyAsync from pageable memory may read it later.
+  static void write(void* to, const void* from, std::size_t bytes);
   static void zero(const buffer<cuda>& b) {
     SSMLIB_CHECK_CUDA(cudaMemsetAsync(b.data(), 0, b.bytes(), cuda::current().stream()));
   }
@@ -22,18 +26,12 @@ struct elements<cuda> {
   static tensor<T, R, cpu> to_host(const tensor<T, R, cuda>& t);
 };
 
-/// From the host it is queued on the current context's stream: from pageable memory the call has
-/// taken what it needs when it returns.
 template <class T, int R>
 tensor<T, R, cuda> elements<cuda>::from_host(const tensor<T, R, cpu>& t) {
   if (!t) return {};
   const tensor<T, R, cpu> dense = t.contiguous();
   tensor<T, R, cuda> out(t.extents());
-  const cuda::context ctx = cuda::current();
-  ctx.note_host_copy();
-  SSMLIB_CHECK_CUDA(cudaMemcpyAsync(out.data(), dense.data(),
-                                    static_cast<std::size_t>(t.size()) * sizeof(T),
-                                    cudaMemcpyHostToDevice, ctx.stream()));
+  write(out.data(), dense.data(), static_cast<std::size_t>(t.size()) * sizeof(T));
   return out;
 }
 template <class T, int R>

@@ -159,7 +159,7 @@ class decoder {
     chosen_ = 1;
     return {logits, tokens(1).reshape(1, sequences())};
   }
-  /// The same new tokens, and the logits of all of them, (1, tokens, V); none is chosen.
+  /// The same, and the logits of all new tokens, (1, tokens, V); none is chosen.
   tensor<value_type, 3, cuda> read_all(const token_rows& rows) {
     const cuda::scope scope(ctx_);
     const detail::packed_ids packed(rows);
@@ -209,8 +209,7 @@ class decoder {
   [[nodiscard]] ssm::pass<value_type, cuda> pass() { return {ctx_, nullptr, true, &weights_}; }
   template <class T>
   void upload(T* to, const T* from, index_t n) const {
-    SSMLIB_CHECK_CUDA(cudaMemcpyAsync(to, from, static_cast<std::size_t>(n) * sizeof(T),
-                                      cudaMemcpyHostToDevice, ctx_.stream()));
+    detail::elements<cuda>::write(to, from, static_cast<std::size_t>(n) * sizeof(T));
   }
   [[nodiscard]] tensor<std::int32_t, 2, cuda> tokens(index_t n) const {
     return tokens_.slice(0, 0, sequences() * n).reshape(sequences(), n);
@@ -337,22 +336,30 @@ class model_steps<M> {
 
   [[nodiscard]] index_t position(index_t i) const { return steps_.state().position(i); }
   void rollback(std::span<const index_t> n) { steps_.rollback(n); }
-  [[nodiscard]] tensor<accum_t<T>, 3> last(const token_rows& rows) {
+  [[nodiscard]] followers<accum_t<T>> last(const token_rows& rows, bool likeliest_alone) {
     const cuda::scope scope(ctx_);
     const index_t n = common_length(rows);
-    if (n == 0) return logits_on_host(steps_.read(rows).logits);
-    const auto logits = steps_.step(ids_of(rows, n)).logits;  // (sequences, n, V)
-    return logits_on_host(logits.slice(1, n - 1, n)).reshape(1, logits.extent(0), logits.extent(2));
+    if (n == 0) return after(steps_.read(rows), 0, likeliest_alone);
+    return after(steps_.step(ids_of(rows, n)), n - 1, likeliest_alone);
   }
-  [[nodiscard]] tensor<accum_t<T>, 3> all(const token_rows& rows) {
+  [[nodiscard]] followers<accum_t<T>> all(const token_rows& rows, bool likeliest_alone) {
     const cuda::scope scope(ctx_);
     const index_t n = common_length(rows);
-    if (n == 0) return logits_on_host(steps_.read_all(rows));
-    const auto logits = steps_.step(ids_of(rows, n)).logits;
-    return logits_on_host(logits).reshape(1, logits.extent(0) * n, logits.extent(2));
+    if (n > 0) return after(steps_.step(ids_of(rows, n)), 0, likeliest_alone);
+    return followers<accum_t<T>>::of(logits_on_host(steps_.read_all(rows)), likeliest_alone);
   }
 
  private:
+  /// Of the tokens from `first` on of each row of the results; the decoder chooses greedily.
+  [[nodiscard]] static followers<accum_t<T>> after(const typename decoder<M>::result& r,
+                                                   index_t first, bool likeliest_alone) {
+    if (!likeliest_alone) {
+      const auto wanted = logits_on_host(r.logits.slice(1, first, r.logits.extent(1)));
+      return {{}, wanted.reshape(1, wanted.extent(0) * wanted.extent(1), wanted.extent(2))};
+    }
+    const auto wanted = on_host(r.tokens.slice(1, first, r.tokens.extent(1)));
+    return {{wanted.data(), wanted.data() + wanted.size()}, {}};
+  }
   /// Of all rows, if a graph can take it; else 0.
   [[nodiscard]] static index_t common_length(const token_rows& rows) {
     const auto n = static_cast<index_t>(rows.empty() ? 0 : rows.front().size());

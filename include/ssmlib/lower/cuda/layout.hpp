@@ -19,11 +19,7 @@ struct cuda_layout_copy final : layout_copy {
                                                          const index_t* numbers, index_t n) {
   const cuda::scope scope(ctx);
   const tensor<index_t, 1, cuda> there(n);
-  if (n == 0) return there;
-  ctx.note_host_copy();
-  SSMLIB_CHECK_CUDA(cudaMemcpyAsync(there.data(), numbers,
-                                    static_cast<std::size_t>(n) * sizeof(index_t),
-                                    cudaMemcpyHostToDevice, ctx.stream()));
+  elements<cuda>::write(there.data(), numbers, static_cast<std::size_t>(n) * sizeof(index_t));
   return there;
 }
 

@@ -29,7 +29,11 @@ template <Floating T>
                                                const skinny_norm& norm,
                                                const tensor<T, 2, cuda>& residual) {
   constexpr index_t most = 64;
+  const index_t copies = p.weights != nullptr ? p.weights->size() : 0;
   const tensor<T, 2, cuda> w = weight_of(p, layer.weight);
+  // Whether w has been there before this call.
+  const bool at_rest =
+      std::same_as<T, accum_t<T>> || (p.weights != nullptr && p.weights->size() == copies);
   const tensor<T, 2, cuda> y(x.extent(0), w.extent(0));
   for (index_t first = 0; first < x.extent(0); first += most) {
     const index_t last = std::min(first + most, x.extent(0));
@@ -39,7 +43,7 @@ template <Floating T>
     problem.y = y.slice(0, first, last).view();
     if (residual) problem.residual = residual.slice(0, first, last).const_view();
     problem.bias = layer.bias.data();
-    problem.early = std::same_as<T, accum_t<T>> || p.weights != nullptr;  // w is at rest
+    problem.early = at_rest;
     if (norm.weight != nullptr) {
       problem.normalise = true;
       problem.norm_weight = static_cast<const accum_t<T>*>(norm.weight);
