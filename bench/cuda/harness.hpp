@@ -64,5 +64,6 @@ void add_selective_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_convolution_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_gated_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_training_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
+void add_decoding_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 
 }  // namespace cuda_bench

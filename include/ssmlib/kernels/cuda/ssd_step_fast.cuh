@@ -173,9 +173,7 @@ class register_step {
 #pragma unroll
         for (int j = 0; j < step_width; ++j) {
           const int back = step_width - 1 - j;
-          taps_[i][j] = back < a_.width
-                            ? a_.taps[index_t{a_.width - 1 - back} * a_.channels + channel]
-                            : 0.0f;
+          taps_[i][j] = back < a_.width ? a_.tap(a_.width - 1 - back, channel) : 0.0f;
           if (back > 0) past_[i][j] = back < a_.width ? widen(at_.input(first - back, channel)) : 0;
         }
       }
@@ -195,8 +193,10 @@ class register_step {
       shared_.decay[e] = at_.decay(first + e);
     }
     __syncthreads();
-    for (int e = 0; e < count; ++e)
+    for (int e = 0; e < count; ++e) {
+      if (Put && a_.slots > 0) keep(at_.snapshot(first + e));
       advance<Put>(e, last && e == count - 1);
+    }
     __syncthreads();
     if constexpr (Put) {
       for (int i = own; i < count * P; i += threads) {
@@ -253,6 +253,13 @@ class register_step {
     }
   }
 
+  SSMLIB_DEVICE void keep(S* snapshot) const {
+    if (snapshot == nullptr) return;
+    S* const to = snapshot + key_ * a_.snapshot_step + feature_;
+#pragma unroll
+    for (int i = 0; i < step_keys; ++i)
+      state_piece<S>::store(to + i * a_.snapshot_step, h_[i]);
+  }
   template <bool Put>
   SSMLIB_DEVICE void advance(int e, bool last) {
     float sums[8] = {};
@@ -344,8 +351,7 @@ __global__ void __launch_bounds__(P* N / (8 * step_keys), 8192 * 2 / (P * N))
 #pragma unroll
       for (int j = 0; j < step_width; ++j) {
         const int back = step_width - 1 - j;
-        taps[i][j] =
-            back < a.width ? a.taps[index_t{a.width - 1 - back} * a.channels + channel[i]] : 0.0f;
+        taps[i][j] = back < a.width ? a.tap(a.width - 1 - back, channel[i]) : 0.0f;
         if (back > 0) past[i][j] = back < a.width ? widen(at.input(-back, channel[i])) : 0.0f;
       }
     }
