@@ -1,5 +1,6 @@
 #pragma once
 
+#include "device.hpp"
 #include "interrupt.hpp"
 #include <ssmlib/ssmlib.hpp>
 
@@ -12,13 +13,17 @@
 
 namespace demo {
 
+/// What runs on the CPU.
 using model = ssm::language_model<float>;
 
 /// Bits per byte of a text under a model that reads windows of `window` bytes. Windows overlap by
 /// half and score their second half, so that every byte but the first few has at least half a
 /// window of context; all bytes but the first are scored once. @throws interrupted  Ctrl-C.
-[[nodiscard]] inline double bits_per_byte(const model& m, std::span<const std::uint8_t> text,
-                                          ssm::index_t window, const ssm::cpu::context& ctx) {
+template <class T, class B>
+[[nodiscard]] double bits_per_byte(const ssm::language_model<T, B>& m,
+                                   std::span<const std::uint8_t> text, ssm::index_t window,
+                                   const typename B::context& ctx) {
+  const ssm::pass<T, B> p{ctx, nullptr, false};
   const ssm::index_t half = window / 2, n = static_cast<ssm::index_t>(text.size());
   double nats = 0;
   ssm::index_t scored = 0;
@@ -33,7 +38,7 @@ using model = ssm::language_model<float>;
     ssm::token_batch tokens{ssm::tensor<std::int32_t, 2>(ssm::index_t(end - i), window),
                             ssm::tensor<std::int32_t, 2>(ssm::index_t(end - i), window)};
     tokens.inputs.fill(0);
-    tokens.targets.fill(-100);
+    tokens.targets.fill(ssm::no_target);
     for (std::size_t j = i; j < end; ++j) {
       const auto row = static_cast<ssm::index_t>(j - i);
       for (ssm::index_t t = 0; t < window && starts[j] + t + 1 < n; ++t) {
@@ -42,9 +47,10 @@ using model = ssm::language_model<float>;
         if (starts[j] == 0 || t >= half) tokens.targets(row, t) = text[at + 1];
       }
     }
-    const auto loss = ssm::next_token_loss(m, {ctx, nullptr, false}, tokens);
-    nats += static_cast<double>(loss.sum(0));
-    scored += loss.count;
+    const auto loss = ssm::lm_cross_entropy(p, m.hidden(p, tokens.inputs), m.head(), tokens.targets,
+                                            {.ignore_index = ssm::no_target});
+    nats += loss.sum();
+    scored += loss.tokens;
   }
   return nats / std::numbers::ln2 / static_cast<double>(std::max<ssm::index_t>(scored, 1));
 }
@@ -57,14 +63,15 @@ using model = ssm::language_model<float>;
 }
 
 /// Entry [t, s] of one head of a layer's mixer, for a text: (T, T) row by row.
-[[nodiscard]] inline std::vector<float> mixer_matrix(const model& m, ssm::index_t layer,
-                                                     ssm::index_t head,
-                                                     const ssm::tensor<float, 3>& layer_input,
-                                                     const ssm::cpu::context& ctx) {
+template <class T, class B>
+[[nodiscard]] std::vector<float> mixer_matrix(const ssm::language_model<T, B>& m,
+                                              ssm::index_t layer, ssm::index_t head,
+                                              const ssm::tensor<T, 3, B>& layer_input,
+                                              const typename B::context& ctx) {
   const ssm::index_t n = layer_input.extent(1);
   const auto panels = m.block(layer).mixer_matrix({ctx, nullptr, false}, layer_input,
                                                   ssm::sequence_layout::rectangular(1, n));
-  const ssm::tensor<float, 3> all = panels->panel(ctx, 0, 0, 0, n);
+  const ssm::tensor<float, 3> all = device<B>::to_host(panels->panel(ctx, 0, 0, 0, n));
   std::vector<float> values;
   const ssm::index_t h = ssm::group_of(head, m.config().attention.heads, all.extent(1));
   for (ssm::index_t t = 0; t < n; ++t) {
@@ -75,14 +82,16 @@ using model = ssm::language_model<float>;
 }
 
 /// The input of a layer for a text. @return (1, T, d)
-[[nodiscard]] inline ssm::tensor<float, 3> layer_input(const model& m, ssm::index_t layer,
-                                                       std::span<const std::uint8_t> text,
-                                                       const ssm::cpu::context& ctx) {
+template <class T, class B>
+[[nodiscard]] ssm::tensor<T, 3, B> layer_input(const ssm::language_model<T, B>& m,
+                                               ssm::index_t layer,
+                                               std::span<const std::uint8_t> text,
+                                               const typename B::context& ctx) {
   ssm::tensor<std::int32_t, 2> ids(1, static_cast<ssm::index_t>(text.size()));
   for (std::size_t i = 0; i < text.size(); ++i)
     ids(0, static_cast<ssm::index_t>(i)) = text[i];
-  const ssm::pass<float> p{ctx, nullptr, false};
-  ssm::tensor<float, 3> x = m.embed(p, ids);
+  const ssm::pass<T, B> p{ctx, nullptr, false};
+  ssm::tensor<T, 3, B> x = m.embed(p, ids);
   const auto layout = ssm::sequence_layout::rectangular(1, ids.extent(1));
   for (ssm::index_t i = 0; i < layer; ++i)
     x = m.block(i).forward(p, x, layout);

@@ -157,9 +157,8 @@ std::string demo::report_page(const findings& f) {
   const lookup of(f.results);
   const auto text = [&](const char* key) { return f.results.at(key).get<std::string>(); };
   report r("MOHAWK distillation of a small Transformer",
-           "ssmlib " + text("version") + " (commit " + text("commit") + ") on the CPU, " +
-               of.integer("threads") + " threads, " + number(of.value("seconds"), 0) + " s, " +
-               text("date"));
+           "ssmlib " + text("version") + " (commit " + text("commit") + ") on " +
+               text("device_name") + ", " + number(of.value("seconds"), 0) + " s, " + text("date"));
   add_scores(r, of);
   add_gains(r, of);
   add_speculation(r, of, texts_are_equal(f.results));

@@ -2,6 +2,7 @@
 // decodes it speculatively. See README.md and `distill --help`.
 //
 // tiny-run: --budget 0.01 --max-bytes 150000 --held-out-bytes 2048 --new-tokens 33 --out tiny
+// tiny-run-cuda: --device cuda --budget 0.002 --max-bytes 150000 --held-out-bytes 2048 --out tiny
 
 #include "error.hpp"
 #include "interrupt.hpp"
@@ -39,6 +40,7 @@ CLI::Validator in_range(T low, T high) {
 
 int main(int argc, char** argv) {
   demo::settings s;
+  const demo::settings on_cuda = demo::cuda_settings();
   ssm::index_t held_out_bytes = 65536, new_tokens = 401;
   CLI::App app{
       "Trains a small Transformer on text (as bytes), distils it with MOHAWK into a pure Mamba-2\n"
@@ -58,6 +60,9 @@ int main(int argc, char** argv) {
         ->capture_default_str();
   };
   app.option_defaults()->take_last();
+  app.add_option("--device", s.device, "Where models train and decode; cuda has larger defaults")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
   app.add_option("--text", s.text, "Text files; default: the C++ headers installed here")
       ->take_all();
   app.add_option("--out", s.out, "Folder for the report, the models and the state of the run")
@@ -71,9 +76,10 @@ int main(int argc, char** argv) {
   app.add_option("--hybrid", s.hybrid, "Layer pattern of the hybrid student")
       ->capture_default_str();
   app.add_option("--draft", s.draft, "Layer pattern of the draft model")->capture_default_str();
-  number("--width", s.width, 8, 4096, "Model width");
+  number("--width", s.width, 8, 4096, "Model width; on cuda 256");
   number("--heads", s.heads, 1, 256, "Attention heads");
-  number("--max-bytes", s.max_bytes, 65536, 1'000'000'000, "Text beyond this is left out");
+  number("--max-bytes", s.max_bytes, 65536, 1'000'000'000,
+         "Text beyond this is left out; on cuda 24000000");
   number("--held-out-bytes", held_out_bytes, 256, 1'000'000'000, "Bytes of held-out text to score");
   number("--new-tokens", new_tokens, 1, 1'000'000, "Bytes to generate");
   number("--seed", s.seed, 0, 1'000'000'000, "Seed of weights and data order");
@@ -85,6 +91,12 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& e) {
     std::cerr << "distill: " << e.what() << "; see --help\n";
     return 2;
+  }
+  if (s.device == "cuda") {
+    s.tokens_per_step = on_cuda.tokens_per_step;
+    s.steps_at_budget_1 = on_cuda.steps_at_budget_1;
+    if (app.count("--width") == 0) s.width = on_cuda.width;
+    if (app.count("--max-bytes") == 0) s.max_bytes = on_cuda.max_bytes;
   }
   try {
     demo::install_signal_handler();

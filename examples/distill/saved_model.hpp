@@ -90,11 +90,12 @@ void for_each_field(Config& c, F&& f) {
 
 /// Saves a model of the demo as one safetensors file, its configuration as JSON in the metadata
 /// "config". @throws io_error  the file cannot be written.
-inline void save_model(const std::filesystem::path& path, const model& m) {
+template <class T, class B>
+void save_model(const std::filesystem::path& path, const ssm::language_model<T, B>& m) {
   ssm::save_parameters(path, m.parameters(), {{"config", to_json(m.config()).dump()}});
 }
 
-/// The model that save_model saved.
+/// The model that save_model saved, on the CPU, wherever it was trained.
 /// @throws io_error  the file cannot be read, or is not a model of the demo.
 [[nodiscard]] inline model load_model(const std::filesystem::path& path) {
   const auto metadata = ssm::safetensors_reader(path).metadata();

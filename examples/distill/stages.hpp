@@ -21,7 +21,8 @@
 namespace demo {
 
 /// One thing to train: a model, which of its parameters, with which loss.
-struct stage {
+template <class T, class B>
+struct basic_stage {
   std::string name;   ///< "student, stage 1", for people
   std::string file;   ///< "student-1", for the files of the run
   std::string unit;   ///< of the loss
@@ -29,23 +30,24 @@ struct stage {
   ssm::index_t steps;
   double learning_rate;
   std::vector<std::string> trained;  ///< patterns of parameter names
-  std::function<ssm::loss_sum<float>(const ssm::pass<float>&, const ssm::token_batch&)> loss;
+  std::function<ssm::loss_sum<T, B>(const ssm::pass<T, B>&, const ssm::token_batch&)> loss;
   ssm::index_t first_step = 0;  ///< steps of text that earlier stages have read
 };
 
 /// Runs stages one after another, each from a checkpoint if there is one. Files in `folder`:
 /// NAME.checkpoint while a stage runs, NAME.done when it has ended.
-class stage_runner {
+template <class T, class B>
+class basic_stage_runner {
  public:
-  stage_runner(const settings& s, std::filesystem::path folder,
-               const std::vector<std::uint8_t>& text, const ssm::cpu::context& ctx)
+  basic_stage_runner(const settings& s, std::filesystem::path folder,
+                     const std::vector<std::uint8_t>& text, const typename B::context& ctx)
       : settings_(s), folder_(std::move(folder)), text_(text), ctx_(ctx) {}
 
   /// Seconds that stages took in earlier starts of a run that was resumed.
   [[nodiscard]] double earlier_seconds() const { return earlier_seconds_; }
 
   /// Trains `m` in place. @throws interrupted  Ctrl-C; what was done is saved.
-  curve run(const stage& st, const model& m) {
+  curve run(const basic_stage<T, B>& st, const ssm::language_model<T, B>& m) {
     const auto start = clock::now();
     const auto done = folder_ / (st.file + ".done"), partial = folder_ / (st.file + ".checkpoint");
     const auto parameters = m.parameters();
@@ -58,7 +60,7 @@ class stage_runner {
     std::cerr << "\n== " << st.name << ": " << st.steps << " steps of " << settings_.tokens_per_step
               << " bytes\n"
               << ssm::to_string(selection);
-    ssm::adamw<float> optimizer(selection.trained, {.weight_decay = 0.1});
+    ssm::adamw<T, B> optimizer(selection.trained, {.weight_decay = 0.1});
     const ssm::token_spans source{std::span<const std::uint8_t>(text_)};
     ssm::data_loader loader(source,
                             {.sequence_length = settings_.sequence_length, .seed = settings_.seed});
@@ -123,8 +125,11 @@ class stage_runner {
   const settings& settings_;
   std::filesystem::path folder_;
   const std::vector<std::uint8_t>& text_;
-  const ssm::cpu::context& ctx_;
+  const typename B::context& ctx_;
   double earlier_seconds_ = 0;
 };
+
+using stage = basic_stage<float, ssm::cpu>;
+using stage_runner = basic_stage_runner<float, ssm::cpu>;
 
 }  // namespace demo

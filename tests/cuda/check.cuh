@@ -30,6 +30,16 @@ inline bool have_device() {
   return false;
 }
 
+/// Whether the program was called with --small: no long sequences, no large batches and no timing,
+/// as under compute-sanitizer.
+inline bool wants_small(int argc, char** argv) {
+  return argc > 1 && std::strncmp(argv[1], "--small", 7) == 0;
+}
+/// --small-bf16 leaves out the other types too: racecheck takes a hundred times as long.
+inline bool wants_bf16_only(int argc, char** argv) {
+  return argc > 1 && std::strcmp(argv[1], "--small-bf16") == 0;
+}
+
 inline int finish() {
   std::printf(failed ? "FAILED\n" : "all passed\n");
   return failed ? 1 : 0;
@@ -177,6 +187,16 @@ inline double relative_error(const std::vector<double>& out, const std::vector<d
   }
   if (size == 0) return std::sqrt(difference);
   return std::sqrt(difference / size);
+}
+
+/// What gradients are added to: a power of 2 near their root mean square, so that rounding the sum
+/// hides no more of the addend than rounding the addend would.
+inline double start_of(const std::vector<double>& gradient) {
+  double sum = 0;
+  for (double x : gradient)
+    sum += x * x;
+  if (sum == 0) return 1;
+  return std::exp2(std::round(std::log2(sum / static_cast<double>(gradient.size())) / 2));
 }
 
 /// One line a case: errors, marked where they are above their bound.

@@ -382,7 +382,7 @@ void check_step(verdicts& v, cudaStream_t stream, const std::string& types, cons
   v.check(name + ": replay gives the bits of plain steps", replayed);
 }
 
-void check_steps(verdicts& v, cudaStream_t s) {
+void check_steps(verdicts& v, cudaStream_t s, bool small) {
   check_step<bf16, float>(v, s, "bf16 float", {3, 80, 1, 64, 128}, 4e-3, 1e-5);
   check_step<bf16, bf16>(v, s, "bf16 bf16", {2, 80, 1, 64, 128}, 6e-3, 4 * 0x1p-9);
   check_step<bf16, float>(v, s, "bf16 float", {5, 8, 4, 64, 64, 3}, 4e-3, 1e-5);
@@ -393,6 +393,7 @@ void check_steps(verdicts& v, cudaStream_t s) {
   check_step<bf16, bf16>(v, s, "bf16 bf16", {2, 3, 1, 80, 96, 6}, 6e-3, 4 * 0x1p-9);
   check_step<double, double>(v, s, "double", {2, 4, 2, 24, 40}, 1e-13, 1e-13);
   check_step<bf16, float>(v, s, "bf16 float", {7, 16, 2, 64, 128, 4, true, true}, 4e-3, 1e-5);
+  if (small) return;
   check_step<bf16, bf16>(v, s, "bf16 bf16", {1, 70001, 1, 8, 8}, 6e-3, 4 * 0x1p-9);
   check_step<bf16, bf16>(v, s, "bf16 bf16", {70001, 1, 1, 8, 8, 4, true, true}, 6e-3, 4 * 0x1p-9);
 }
@@ -451,7 +452,8 @@ void check_sampling(verdicts& v, cudaStream_t stream) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  const bool small = argc > 1 && std::strcmp(argv[1], "--small") == 0;  // as under a sanitizer
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::printf("decode_check needs a CUDA device and found none.\n");
@@ -462,10 +464,12 @@ int main() {
     SSMLIB_CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     verdicts v;
     check_products(v, stream);
-    check_steps(v, stream);
+    check_steps(v, stream, small);
     check_sampling(v, stream);
-    check_model(v, stream);
-    time_all(stream);
+    if (!small) {
+      check_model(v, stream);
+      time_all(stream);
+    }
     SSMLIB_CHECK_CUDA(cudaStreamDestroy(stream));
     return v.finish();
   } catch (const std::exception& e) {

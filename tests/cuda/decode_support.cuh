@@ -51,6 +51,7 @@ class device_array {
   [[nodiscard]] index_t size() const { return size_; }
   void upload(const std::vector<T>& host) {
     SSMLIB_CHECK_CUDA(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyDefault));
+    wait();
   }
   [[nodiscard]] std::vector<T> download() const {
     std::vector<T> host(static_cast<std::size_t>(size_));
@@ -58,10 +59,17 @@ class device_array {
     return host;
   }
   /// NaN in every element.
-  void poison() { SSMLIB_CHECK_CUDA(cudaMemset(data_, 0xff, size_ * sizeof(T))); }
-  void zero() { SSMLIB_CHECK_CUDA(cudaMemset(data_, 0, size_ * sizeof(T))); }
+  void poison() { fill(0xff); }
+  void zero() { fill(0); }
 
  private:
+  void fill(int byte) {
+    SSMLIB_CHECK_CUDA(cudaMemset(data_, byte, size_ * sizeof(T)));
+    wait();
+  }
+  /// The host does not wait for a memset, nor do streams that are not blocking, as those here.
+  static void wait() { SSMLIB_CHECK_CUDA(cudaStreamSynchronize(nullptr)); }
+
   T* data_ = nullptr;
   index_t size_ = 0;
 };

@@ -5,6 +5,7 @@
 #include <ssmlib/ssmlib.hpp>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -109,6 +110,10 @@ void check_pair(const TeacherOptions& of_teacher, const StudentOptions& of_stude
   const Student<T, cuda> student(of_student, 2);
   const Teacher<double, cpu> host_teacher(of_teacher, 1);
   const Student<double, cpu> host_student(of_student, 2);
+  // A diagonal of 1 is the only entry of the teacher's first row: a distance of rounding errors.
+  for (const auto& p : parameters_of<T, cuda>(student)) {
+    if (p.name == "D") p.value.fill(0.5f);
+  }
   copy_parameters(teacher, host_teacher);
   copy_parameters(student, host_student);
   const auto u = on_device<T>(uniform<double, 3>({2, length, teacher.width()}, -1, 1, 3));
@@ -280,7 +285,7 @@ TEMPLATE_TEST_CASE("cuda/distill: stage 1 of attention and Mamba-1 or the delta 
 TEMPLATE_TEST_CASE("cuda/distill: stages 1 and 2 have the golden values and gradients",
                    "[cuda][distill]", float, double) {
   using T = TestType;
-  const double bound = std::same_as<T, double> ? 1e-10 : 1e-5;
+  const double bound = std::same_as<T, double> ? 1e-7 : 1e-5;  // the golden numbers are floats
   const auto compare = [&](const auto& got, const auto& wanted) {
     CHECK(error_of(got, wanted) < bound);
   };
@@ -393,8 +398,7 @@ TEST_CASE("cuda/distill: tiles of a matrix are its dense entries", "[cuda][disti
 TEST_CASE("cuda/distill: stage 1 at T = 32,768 takes memory for tiles, not for matrices",
           "[cuda][distill]") {
   const index_t length = 32768;
-  const cuda::context ctx;
-  const cuda::scope scope(ctx);
+  const cuda::context& ctx = default_context<cuda>();
   const attention<bf16, cuda> teacher({.width = 128, .heads = 4}, 1);
   const mamba2<bf16, cuda> student(
       {.width = 128, .heads = 4, .head_dim = 32, .state = 32, .groups = 4}, 2);
@@ -408,6 +412,61 @@ TEST_CASE("cuda/distill: stage 1 at T = 32,768 takes memory for tiles, not for m
   CHECK(std::isfinite(norm(o.gradients[0])));
   // A matrix of one head alone has 4 GiB in float.
   CHECK(gib < 1.0);
+}
+
+// A layer of Phi-1.5's size. The products of both matrices are counted once forward, and in the
+// gradient again with two more of it; so are the log-sum-exps, at twice the teacher's.
+TEST_CASE("cuda/distill: stage 1 of a layer of 32 heads holds a small part of its matrices",
+          "[cuda][distill]") {
+  const cuda::context& ctx = default_context<cuda>();
+  const index_t length = 2048, heads = 32, size = 64;
+  const auto some = [&](std::uint64_t seed) {
+    return on_device<bf16>(uniform<double, 4>({1, length, heads, size}, -0.4, 0.4, seed));
+  };
+  const auto q = some(1), k = some(2), c = some(3), b = some(4);
+  const auto log_a = on_device<float>(uniform<double, 3>({1, length, heads}, -0.1, 0, 5)),
+             weight = on_device<float>(uniform<double, 3>({1, length, heads}, 0.1, 0.5, 6));
+  const auto run = [&](bool with_gradient) {
+    tape<bf16, cuda> t;
+    if (with_gradient) t.watch(c), t.watch(b), t.watch(log_a), t.watch(weight);
+    const pass<bf16, cuda> p{ctx, with_gradient ? &t : nullptr, false};
+    const auto loss = matrix_orientation_loss(
+        p, panels(softmax(q * transpose(k) * 0.125 + causal), p.tape, ctx),
+        panels(hadamard(semiseparable(log_a, weight), c * transpose(b)), p.tape, ctx));
+    if (!with_gradient) return;
+    t.gradient(loss).fill(1.0f);
+    t.backward();
+  };
+  const auto milliseconds = [&](auto f) {
+    std::vector<double> times;
+    for (int i = 0; i < 12; ++i) {
+      ctx.synchronize();
+      const auto start = std::chrono::steady_clock::now();
+      f();
+      ctx.synchronize();
+      times.push_back(
+          std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+              .count());
+    }
+    std::ranges::sort(times);
+    return times[4];
+  };
+  ctx.reset_peak();
+  const double before = static_cast<double>(ctx.memory().in_use);
+  run(true);
+  ctx.synchronize();
+  const double mib = (static_cast<double>(ctx.memory().peak) - before) / double(1 << 20);
+  const auto x = on_device<bf16>(uniform<double, 2>({8192, 8192}, -1, 1, 1)),
+             y = on_device<bf16>(uniform<double, 2>({8192, 8192}, -1, 1, 2));
+  const double gemm = 2 * std::pow(8192, 3) * 1e-9 / milliseconds([&] { (void)matmul(x, y); });
+  const double loss = milliseconds([&] { run(false); }), both = milliseconds([&] { run(true); });
+  const double pairs = 0.5 * static_cast<double>(heads * length * (length + 1));
+  const double flops = pairs * static_cast<double>(size) * 1e-9;
+  WARN("peak " << mib << " MiB; GEMM " << gemm << " TFLOP/s; loss " << loss << " ms, "
+               << 8 * flops / loss << " TFLOP/s; with gradient " << both << " ms, "
+               << 16 * flops / both << " TFLOP/s");
+  // The two matrices would be 1,024 MiB in float.
+  CHECK(mib < 300);
 }
 
 TEMPLATE_TEST_CASE("cuda/distill: stage 2's loss and gradients are the CPU's", "[cuda][distill]",

@@ -17,6 +17,7 @@
 #include <cmath>
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -29,6 +30,7 @@ struct mixer_sizes {
   index_t batch = 3, length = 90;
   index_t heads = 4, query_heads = 4, key_heads = 2, mask_heads = 4;
   index_t keys = 24, features = 40;
+  std::uint64_t seed = 0;
 };
 
 template <ssm::Floating T, ssm::Backend B>
@@ -41,12 +43,19 @@ struct mixer_operands {
   ssm::tensor<real, 1, B> gamma, d;             // (mask heads)
   ssm::tensor<T, 3, B> delta;                   // (b, T, mask heads)
   ssm::tensor<real, 2, B> a;                    // (mask heads, keys)
+  ssm::tensor<real, 2, B> kernel;               // (mask heads, tokens of the batch)
+  // For masks by themselves, whose type is that of x.
+  ssm::tensor<T, 3, B> own_log_a, own_weight;
+  ssm::tensor<T, 2, B> own_kernel;
+  ssm::tensor<T, 1, B> own_gamma;
 
   /// f(member of one, member of the other) for all.
   template <class Other, class F>
   void zip(Other& o, F f) {
     f(q, o.q), f(k, o.k), f(x, o.x), f(log_a, o.log_a), f(weight, o.weight), f(beta, o.beta);
     f(log_gate, o.log_gate), f(gamma, o.gamma), f(d, o.d), f(delta, o.delta), f(a, o.a);
+    f(kernel, o.kernel), f(own_kernel, o.own_kernel), f(own_log_a, o.own_log_a);
+    f(own_weight, o.own_weight), f(own_gamma, o.own_gamma);
   }
 };
 
@@ -56,17 +65,22 @@ inline mixer_operands<double, ssm::cpu> random_operands(const mixer_sizes& s) {
   const index_t b = s.batch, n = s.length, m = s.mask_heads;
   const double size = 1.7 / std::sqrt(static_cast<double>(s.keys));
   mixer_operands<double, ssm::cpu> o;
-  o.q = uniform<double, 4>({b, n, s.query_heads, s.keys}, -1, 1, 1);
-  o.k = uniform<double, 4>({b, n, s.key_heads, s.keys}, -size, size, 2);
-  o.x = uniform<double, 4>({b, n, s.heads, s.features}, -1, 1, 3);
-  o.log_a = uniform<double, 3>({b, n, m}, -0.4, 0, 4);
-  o.weight = uniform<double, 3>({b, n, m}, 0.1, 1, 5);
-  o.beta = uniform<double, 3>({b, n, m}, 0.1, 1, 6);
-  o.log_gate = uniform<double, 4>({b, n, m, s.keys}, -0.4, 0, 7);
-  o.gamma = uniform<double, 1>({m}, 0.8, 1, 8);
-  o.d = uniform<double, 1>({m}, -1, 1, 9);
-  o.delta = uniform<double, 3>({b, n, m}, 0.01, 0.3, 10);
-  o.a = uniform<double, 2>({m, s.keys}, -2, -0.1, 11);
+  o.q = uniform<double, 4>({b, n, s.query_heads, s.keys}, -1, 1, s.seed + 1);
+  o.k = uniform<double, 4>({b, n, s.key_heads, s.keys}, -size, size, s.seed + 2);
+  o.x = uniform<double, 4>({b, n, s.heads, s.features}, -1, 1, s.seed + 3);
+  o.log_a = uniform<double, 3>({b, n, m}, -0.4, 0, s.seed + 4);
+  o.weight = uniform<double, 3>({b, n, m}, 0.1, 1, s.seed + 5);
+  o.beta = uniform<double, 3>({b, n, m}, 0.1, 1, s.seed + 6);
+  o.log_gate = uniform<double, 4>({b, n, m, s.keys}, -0.4, 0, s.seed + 7);
+  o.gamma = uniform<double, 1>({m}, 0.8, 1, s.seed + 8);
+  o.d = uniform<double, 1>({m}, -1, 1, s.seed + 9);
+  o.delta = uniform<double, 3>({b, n, m}, 0.01, 0.3, s.seed + 10);
+  o.a = uniform<double, 2>({m, s.keys}, -2, -0.1, s.seed + 11);
+  o.kernel = uniform<double, 2>({m, b * n}, -1, 1, s.seed + 12);
+  o.own_log_a = uniform<double, 3>({b, n, m}, -0.4, 0, s.seed + 13);
+  o.own_weight = uniform<double, 3>({b, n, m}, 0.1, 1, s.seed + 14);
+  o.own_kernel = uniform<double, 2>({m, b * n}, -1, 1, s.seed + 15);
+  o.own_gamma = uniform<double, 1>({m}, 0.8, 1, s.seed + 16);
   return o;
 }
 

@@ -23,10 +23,10 @@ demo::findings some_findings(bool equal) {
                           "plain_tokens_per_second", "speculative_tokens_per_second", "seconds"}) {
     f.results[key] = 1.5;
   }
-  for (const char* key :
-       {"threads", "train_bytes", "held_out_bytes", "near_duplicate_files_removed"}) {
+  for (const char* key : {"train_bytes", "held_out_bytes", "near_duplicate_files_removed"}) {
     f.results[key] = 2;
   }
+  f.results["device_name"] = "a device of some name";
   f.results["version"] = "1.2.3";
   f.results["commit"] = "abcdef0";
   f.results["date"] = "2026-01-31T12:59:59Z";

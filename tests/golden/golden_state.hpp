@@ -7,9 +7,10 @@ namespace golden {
 
 /// mixer * X from an initial state on a tape; both results may have gradients.
 /// @param initial  (sequences, H, key size, features)
-template <class E, class T = typename E::value_type>
-ssm::eval_with_state_result<T> eval_with_state(const E& e, const tensor<T, 4>& initial,
-                                               ssm::tape<T>& tape) {
+template <class E, class T = typename E::value_type, class B = typename E::backend>
+ssm::eval_with_state_result<T, B> eval_with_state(const E& e,
+                                                  const tensor<ssm::accum_t<T>, 4, B>& initial,
+                                                  ssm::tape<T, B>& tape) {
   const auto r = ssm::eval_with_state(e, initial);
   tape.record_outputs(
       [e, initial, r, &tape] {
@@ -24,18 +25,19 @@ ssm::eval_with_state_result<T> eval_with_state(const E& e, const tensor<T, 4>& i
 }
 
 /// A state with its last two axes exchanged: the files of SSD have (head, P, N).
-template <class T>
-tensor<T, 4> exchanged(const tensor<T, 4>& s) {
+template <class T, class B>
+tensor<T, 4, B> exchanged(const tensor<T, 4, B>& s) {
+  const tensor<T, 4> from = ssm::detail::on_host(s);
   tensor<T, 4> to(s.extent(0), s.extent(1), s.extent(3), s.extent(2));
   for (index_t b = 0; b < s.extent(0); ++b) {
     for (index_t h = 0; h < s.extent(1); ++h) {
       for (index_t i = 0; i < s.extent(2); ++i) {
         for (index_t j = 0; j < s.extent(3); ++j)
-          to(b, h, j, i) = s(b, h, i, j);
+          to(b, h, j, i) = from(b, h, i, j);
       }
     }
   }
-  return to;
+  return ssm::detail::on_backend<B>(to);
 }
 
 }  // namespace golden

@@ -2,18 +2,12 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <stdexcept>
 #include <unistd.h>
 #include <utility>
 
 namespace golden {
 
 namespace {
-
-struct family {
-  std::string_view prefix;
-  void (*run)(summary&, const ssm::safetensors_reader&);
-};
 
 constexpr family families[] = {
     {"softmax_attention", run_softmax_attention},
@@ -36,33 +30,6 @@ constexpr family families[] = {
 
 }  // namespace
 
-summary run_folder(const std::filesystem::path& folder) {
-  const auto ops = folder / "ops";
-  if (!std::filesystem::is_directory(ops)) {
-    throw std::runtime_error(ops.string() + " is not a folder; set SSMLIB_GOLDENS");
-  }
-  std::vector<std::filesystem::path> files;
-  for (const auto& entry : std::filesystem::directory_iterator(ops))
-    files.push_back(entry.path());
-  if (files.empty()) throw std::runtime_error(ops.string() + " holds no files");
-  std::ranges::sort(files);
-  summary total;
-  for (const auto& path : files) {
-    const std::string name = path.stem().string();
-    const auto* found = std::ranges::find_if(families, [&](const family& f) {
-      return name == f.prefix || name.starts_with(std::string(f.prefix) + "_");
-    });
-    if (path.extension() != ".safetensors" || found == std::end(families)) {
-      throw std::runtime_error(path.string() + " is of no operation that is known here");
-    }
-    const std::size_t before = total.comparisons;
-    found->run(total, ssm::safetensors_reader(path));
-    if (total.comparisons == before) throw std::runtime_error(path.string() + " was not compared");
-    ++total.files;
-  }
-  return total;
-}
-
 }  // namespace golden
 
 namespace {
@@ -77,7 +44,8 @@ std::filesystem::path scratch_folder(const char* name) {
 TEST_CASE("golden/ops: every reference file is met by every algorithm in float and double",
           "[golden]") {
   const char* folder = std::getenv("SSMLIB_GOLDENS");
-  const golden::summary total = golden::run_folder(folder != nullptr ? folder : SSMLIB_TEST_DATA);
+  const golden::summary total =
+      golden::run_folder(folder != nullptr ? folder : SSMLIB_TEST_DATA, golden::families);
   std::printf("golden: %zu runs over %zu files, %zu tensors compared\n", total.runs, total.files,
               total.comparisons);
   for (const auto* worst : {&total.in_float, &total.in_double}) {
@@ -89,9 +57,11 @@ TEST_CASE("golden/ops: every reference file is met by every algorithm in float a
 
 TEST_CASE("golden/ops: a folder without files fails", "[golden]") {
   const auto folder = scratch_folder("empty");
-  CHECK_THROWS_WITH(golden::run_folder(folder), ssm_test::contains("holds no files"));
+  CHECK_THROWS_WITH(golden::run_folder(folder, golden::families),
+                    ssm_test::contains("holds no files"));
   std::filesystem::remove_all(folder);
-  CHECK_THROWS_WITH(golden::run_folder(folder), ssm_test::contains("is not a folder"));
+  CHECK_THROWS_WITH(golden::run_folder(folder, golden::families),
+                    ssm_test::contains("is not a folder"));
 }
 
 TEST_CASE("golden/ops: a file of an unknown operation fails", "[golden]") {
@@ -99,7 +69,8 @@ TEST_CASE("golden/ops: a file of an unknown operation fails", "[golden]") {
   ssm::safetensors_writer writer;
   writer.add("out.y", ssm::tensor<float, 1>::zeros(3));
   writer.write(folder / "ops" / "ssdx.safetensors");
-  CHECK_THROWS_WITH(golden::run_folder(folder), ssm_test::contains("no operation"));
+  CHECK_THROWS_WITH(golden::run_folder(folder, golden::families),
+                    ssm_test::contains("no operation"));
   std::filesystem::remove_all(folder);
 }
 

@@ -10,10 +10,11 @@ namespace {
 using namespace ssm;
 
 template <class T>
-void run_matrix_orientation_as(summary& total, const safetensors_reader& file) {
+void run_matrix_orientation_as(summary& total, const inputs<T>& in) {
+  const safetensors_reader& file = in.file;
   const auto b = file.load<T, 4>("in.B"), c = file.load<T, 4>("in.C");
   const auto a_log = file.load<T, 3>("in.a_log");
-  run<T> r(total, file, "panels");
+  run<T> r(total, in, "panels");
   tape<T> tape;
   tape.watch(b);
   tape.watch(c);
@@ -31,9 +32,10 @@ void run_matrix_orientation_as(summary& total, const safetensors_reader& file) {
 }
 
 template <class T>
-void run_hidden_state_alignment_as(summary& total, const safetensors_reader& file) {
+void run_hidden_state_alignment_as(summary& total, const inputs<T>& in) {
+  const safetensors_reader& file = in.file;
   const auto student = file.load<T, 3>("in.student"), teacher = file.load<T, 3>("in.teacher");
-  run<T> r(total, file, "one pass");
+  run<T> r(total, in, "one pass");
   tape<T> tape;
   tape.watch(student);
   tape.watch(teacher);
@@ -49,12 +51,12 @@ void run_hidden_state_alignment_as(summary& total, const safetensors_reader& fil
 }  // namespace
 
 void run_matrix_orientation(summary& total, const safetensors_reader& file) {
-  run_matrix_orientation_as<float>(total, file);
-  run_matrix_orientation_as<double>(total, file);
+  run_matrix_orientation_as(total, inputs<float>(file));
+  run_matrix_orientation_as(total, inputs<double>(file));
 }
 void run_hidden_state_alignment(summary& total, const safetensors_reader& file) {
-  run_hidden_state_alignment_as<float>(total, file);
-  run_hidden_state_alignment_as<double>(total, file);
+  run_hidden_state_alignment_as(total, inputs<float>(file));
+  run_hidden_state_alignment_as(total, inputs<double>(file));
 }
 
 }  // namespace golden

@@ -19,6 +19,7 @@ struct memory_stats {
 /// 25 % is wasted. Thread safe. Blocks are aligned to 64 bytes.
 class cpu_memory_pool {
  public:
+  using block = memory_block;
   static constexpr std::size_t alignment = 64;
 
   /// One pool for the process; never destroyed, so that static tensors may outlive main.

@@ -4,6 +4,7 @@
 #include <ssmlib/backend/cpu_memory.hpp>
 #include <ssmlib/backend/cuda_error.hpp>
 #include <ssmlib/backend/memory_block.hpp>
+#include <ssmlib/backend/unwritten_memory.hpp>
 
 #include <cuda_runtime_api.h>
 
@@ -14,16 +15,44 @@
 
 namespace ssm {
 
+class cuda_allocator;
+
 namespace detail {
 struct cuda_state;
-}
+
+/// What this thread allocates in such a scope is working memory of kernels, which plans of memory
+/// count apart.
+class workspace_scope {
+ public:
+  workspace_scope() : before_(std::exchange(active_, true)) {}
+  ~workspace_scope() { active_ = before_; }
+  workspace_scope(const workspace_scope&) = delete;
+  workspace_scope& operator=(const workspace_scope&) = delete;
+
+  [[nodiscard]] static bool is_active() { return active_; }
+
+ private:
+  inline static thread_local bool active_ = false;
+  bool before_;
+};
+
+/// A block of device memory.
+struct cuda_block : memory_block {
+  std::shared_ptr<cuda_state> owner;
+  std::shared_ptr<cuda_allocator> source;       ///< absent: the owner's pool
+  std::unique_ptr<unwritten_memory> unwritten;  ///< while it stands for zeros, else null
+};
+}  // namespace detail
+
+class cuda_dry_run;
 
 /// Where tensors of the CUDA backend get their bytes: the pool of the calling thread's current
 /// context, in the order of its stream.
 struct cuda_memory {
+  using block = detail::cuda_block;
   /// @throws backend_error  out of memory; names the bytes asked for, free and total. The context
   ///                        stays usable.
-  [[nodiscard]] static memory_block* create(std::size_t bytes);
+  [[nodiscard]] static block* create(std::size_t bytes);
   /// Frees after the work that the block's context has been given so far.
   static void destroy(memory_block* block) noexcept;
 };
@@ -71,6 +100,13 @@ struct cuda {
     /// What the context's memory comes from.
     [[nodiscard]] cudaMemPool_t pool() const;
 
+    /// Queues a copy of bytes between host and device, or on the device. From pageable memory the
+    /// call has taken what it needs when it returns.
+    void copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) const;
+    /// Whether this is the context of a cuda_dry_run: nothing runs on it, and its memory cannot be
+    /// read.
+    [[nodiscard]] bool is_dry_run() const;
+
     /// From now on new blocks come from `allocator`, or from the pool again where it is null. A
     /// block goes back to what it came from and keeps that alive.
     void set_allocator(std::shared_ptr<cuda_allocator> allocator) const;
@@ -89,6 +125,7 @@ struct cuda {
    private:
     friend struct cuda_memory;
     friend struct cuda;
+    friend class ssm::cuda_dry_run;
     explicit context(std::shared_ptr<detail::cuda_state> state) : state_(std::move(state)) {}
 
     std::shared_ptr<detail::cuda_state> state_;

@@ -32,7 +32,7 @@ struct cuda_state {
   int device = 0, arch = 0, arch_cap = std::numeric_limits<int>::max();
   cudaStream_t stream = nullptr;
   cudaMemPool_t pool = nullptr;
-  bool allow_tf32 = false;
+  bool allow_tf32 = false, is_dry_run = false;
   std::shared_ptr<cuda_allocator> allocator;  // absent: the pool
   std::shared_ptr<void> products, transforms;
 
@@ -73,11 +73,6 @@ struct cuda_state {
   cuda_state& operator=(const cuda_state&) = delete;
 };
 
-struct cuda_block : memory_block {
-  std::shared_ptr<cuda_state> owner;
-  std::shared_ptr<cuda_allocator> source;  // absent: the owner's pool
-};
-
 /// The current context of this thread; none means the default one.
 inline thread_local std::shared_ptr<cuda_state> current_cuda;
 
@@ -111,6 +106,7 @@ SSMLIB_INLINE void cuda::context::set_arch_cap(int arch) const {
 }
 
 SSMLIB_INLINE void cuda::context::synchronize() const {
+  if (is_dry_run()) return;
   SSMLIB_CHECK_CUDA(cudaStreamSynchronize(state_->stream));
 }
 
@@ -140,6 +136,14 @@ SSMLIB_INLINE void cuda::context::trim() const {
 SSMLIB_INLINE cudaMemPool_t cuda::context::pool() const {
   return state_->pool;
 }
+SSMLIB_INLINE void cuda::context::copy(void* to, const void* from, std::size_t bytes,
+                                       cudaMemcpyKind kind) const {
+  if (bytes == 0 || is_dry_run()) return;
+  SSMLIB_CHECK_CUDA(cudaMemcpyAsync(to, from, bytes, kind, state_->stream));
+}
+SSMLIB_INLINE bool cuda::context::is_dry_run() const {
+  return state_->is_dry_run;
+}
 SSMLIB_INLINE void cuda::context::set_allocator(std::shared_ptr<cuda_allocator> allocator) const {
   state_->allocator = std::move(allocator);
 }
@@ -160,7 +164,7 @@ SSMLIB_INLINE std::shared_ptr<void>& cuda::context::transforms() const {
   return state_->transforms;
 }
 
-SSMLIB_INLINE memory_block* cuda_memory::create(std::size_t bytes) {
+SSMLIB_INLINE cuda_memory::block* cuda_memory::create(std::size_t bytes) {
   const auto owner = cuda::current().state_;
   const detail::device_guard guard(owner->device);
   auto block = std::make_unique<detail::cuda_block>();

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/expr/elementwise.hpp>
 #include <ssmlib/lower/evaluate.hpp>
 
 #include <algorithm>
@@ -49,7 +50,28 @@ class tape {
     if (!t) return {};
     const auto found = slots_.find(t.storage().id());
     if (found == slots_.end()) return {};
+    if (found->second.shared && !is_running_output(found->first)) make_own(found->second);
     return t.rebind(gradient_buffer(found->second));
+  }
+
+  /// For the entry of `output`, of which t is a term: output's gradient becomes that of t, without
+  /// a copy. It is copied when somebody adds to one of those that share it while another is wanted.
+  /// @return false, and nothing is done, if t has a gradient already, or is a parameter, a part of
+  ///         a tensor, or not wanted; the entry adds then. On the CPU always, where a sum with zero
+  ///         has no negative zeros.
+  template <Element U, int R>
+  bool share_gradient(const tensor<U, R, B>& output, const tensor<U, R, B>& t) {
+    if constexpr (std::same_as<B, cpu>) return false;
+    const auto from = slots_.find(output.storage().id()), to = slots_.find(t.storage().id());
+    if (from == slots_.end() || to == slots_.end() || from == to || to->second.parameter ||
+        to->second.gradient.id() != nullptr || !is_whole(output) || !is_whole(t) ||
+        output.extents() != t.extents()) {
+      return false;
+    }
+    (void)output.rebind(gradient_buffer(from->second)).data();  // with its zeros
+    to->second.gradient = from->second.gradient;
+    from->second.shared = to->second.shared = true;
+    return true;
   }
 
   /// Appends an entry for `output`: backward() will run `add_gradients`, which reads
@@ -83,6 +105,7 @@ class tape {
       });
       if (reached) {
         const typename B::scope scope(last.context);
+        const running_entry running(running_, last.outputs);
         last.run();
       }
       // Entries are run in reverse, so nobody else reads these gradients.
@@ -109,11 +132,24 @@ class tape {
     buffer<B> value;  // keeps the address from being reused
     buffer<B> gradient;
     bool parameter;
+    bool shared = false;  // perhaps another slot has the same gradient
   };
   struct entry {
     std::vector<const void*> outputs;
     std::function<void()> run;
     [[no_unique_address]] decltype(B::current()) context;
+  };
+
+  struct running_entry {
+    running_entry(const std::vector<const void*>*& now, const std::vector<const void*>& outputs)
+        : now_(now), before_(std::exchange(now, &outputs)) {}
+    ~running_entry() { now_ = before_; }
+    running_entry(const running_entry&) = delete;
+    running_entry& operator=(const running_entry&) = delete;
+
+   private:
+    const std::vector<const void*>*& now_;
+    const std::vector<const void*>* before_;
   };
 
   const buffer<B>& gradient_buffer(slot& s) {
@@ -123,9 +159,27 @@ class tape {
     }
     return s.gradient;
   }
+  void make_own(slot& s) {
+    s.shared = false;
+    if (s.gradient.use_count() == 1) return;
+    const buffer<B> copy(s.gradient.bytes());
+    const detail::strided_axes bytes{{1, 1, 1, static_cast<index_t>(copy.bytes())}, {0, 0, 0, 1}};
+    detail::elements<B>::copy(copy.data(), bytes, s.gradient.data(), bytes, 1);
+    s.gradient = copy;
+  }
+  template <Element U, int R>
+  [[nodiscard]] static bool is_whole(const tensor<U, R, B>& t) {
+    return t.is_contiguous() &&
+           static_cast<std::size_t>(t.size()) * sizeof(U) == t.storage().bytes();
+  }
+  /// An entry only reads the gradients of its outputs.
+  [[nodiscard]] bool is_running_output(const void* id) const {
+    return running_ != nullptr && std::ranges::find(*running_, id) != running_->end();
+  }
 
   std::unordered_map<const void*, slot> slots_;
   std::vector<entry> entries_;
+  const std::vector<const void*>* running_ = nullptr;  // the outputs of the entry that runs
 };
 
 /// Anything with operands, an eval and a vjp_into: mixer products and elementwise expressions.
@@ -136,28 +190,55 @@ concept Differentiable = requires(E& e) {
 };
 
 namespace detail {
-/// y = e has been evaluated: records the vector-Jacobian product of e if it is wanted.
-template <Differentiable E, class Tensor, Floating T>
-void record_expression(const E& e, const Tensor& y, tape<T, typename E::backend>* t,
-                       const typename E::backend::context& ctx) {
-  if (t == nullptr) return;
+
+/// Whether an expression is a sum of tensors of one type, each of which has the gradient dy.
+template <class E, class Tensor>
+inline constexpr bool is_sum_of = std::same_as<E, Tensor>;
+template <class A, class C, class Tensor>
+inline constexpr bool is_sum_of<binary_expression<elementwise::add, A, C>, Tensor> =
+    is_sum_of<A, Tensor>&& is_sum_of<C, Tensor>;
+
+template <Differentiable E, Floating T>
+[[nodiscard]] bool wants_operand(const E& e, const tape<T, typename E::backend>* t) {
+  if (t == nullptr) return false;
   bool wanted = false;
   E::operands(e, [&](std::string_view, const auto& tensor, operand) {
     if constexpr (requires { t->wants(tensor); }) wanted = wanted || t->wants(tensor);
   });
-  if (!wanted) return;
-  t->record(y, [e, y, t, &ctx] {
+  return wanted;
+}
+
+/// y = e has been evaluated: records add_vjp(dy, gradients), the vector-Jacobian product of e.
+template <Differentiable E, class Tensor, Floating T, class F>
+void record_vjp(const E& e, const Tensor& y, tape<T, typename E::backend>* t, F add_vjp) {
+  t->record(y, [e, y, t, add_vjp = std::move(add_vjp)] {
     E gradients = e;
     E::operands(gradients, [&](std::string_view, auto& tensor, operand) {
+      if constexpr (is_sum_of<E, Tensor>) {
+        if (t->share_gradient(y, tensor)) {
+          tensor = {};
+          return;
+        }
+      }
       if constexpr (requires { t->gradient(tensor); }) {
         tensor = t->gradient(tensor);
       } else {
         tensor = {};
       }
     });
-    vjp_into(e, t->gradient(y), gradients, ctx);
+    add_vjp(t->gradient(y), gradients);
   });
 }
+
+/// The same with the expression's own vjp_into, if it is wanted.
+template <Differentiable E, class Tensor, Floating T>
+void record_expression(const E& e, const Tensor& y, tape<T, typename E::backend>* t,
+                       const typename E::backend::context& ctx) {
+  if (!wants_operand(e, t)) return;
+  record_vjp(e, y, t,
+             [e, &ctx](const Tensor& dy, E& gradients) { vjp_into(e, dy, gradients, ctx); });
+}
+
 }  // namespace detail
 
 /// Evaluates e, and records its vector-Jacobian product when t is not null and any operand's
@@ -167,9 +248,18 @@ template <Differentiable E, Floating T>
     const E& e, tape<T, typename E::backend>* t,
     const typename E::backend::context& ctx = default_context<typename E::backend>()) {
   const typename E::backend::scope scope(ctx);
-  auto y = eval(e, ctx);
-  detail::record_expression(e, y, t, ctx);
-  return y;
+  if constexpr (requires { eval_with_vjp(e, ctx); }) {
+    if (detail::wants_operand(e, t)) {
+      auto r = eval_with_vjp(e, ctx);
+      detail::record_vjp(e, r.y, t, std::move(r.add_vjp));
+      return r.y;
+    }
+    return eval(e, ctx);
+  } else {
+    auto y = eval(e, ctx);
+    detail::record_expression(e, y, t, ctx);
+    return y;
+  }
 }
 /// The same for an elementwise expression, rounded to another element type.
 template <Floating To, Differentiable E, Floating T>
@@ -193,7 +283,9 @@ template <Floating T, Backend B, int R, class F>
   t->record(y, [x, y, t, f] {
     const std::size_t mark = t->mark();
     const auto again = f(x, t);
-    if (const auto d = t->gradient(again)) detail::add_to(d, t->gradient(y));
+    if (t->wants(again) && !t->share_gradient(y, again)) {
+      detail::add_to(t->gradient(again), t->gradient(y));
+    }
     t->backward_to(mark);
   });
   return y;

@@ -4,6 +4,7 @@
 #include <ssmlib/lower/quadratic.hpp>
 
 #include <concepts>
+#include <functional>
 #include <string_view>
 
 namespace ssm {
@@ -17,6 +18,12 @@ namespace ssm {
 ///                                                                        absent ones are skipped
 ///
 /// x, y, dy, dx are (b, T, heads, features). alg::quadratic always exists (lower/quadratic.hpp).
+///
+/// Where the gradient wants again what the forward pass has computed, a second pair hands it over;
+/// it is taken where a tape records:
+///
+///   saved = apply_mixer_saving(ctx, algorithm, mixer, x, y)
+///   apply_mixer_vjp(ctx, algorithm, mixer, x, dy, d_mixer, dx, saved)
 
 /// The algorithm that alg::automatic takes for this mixer and shape, by name. Mixers overload it
 /// with crossovers measured in docs/performance.md; without an overload it is the default.
@@ -97,6 +104,47 @@ template <MatrixMixer M, int R, class Alg>
   tensor<typename M::value_type, 4, typename M::backend> y(e.extents());
   eval_into(e, y, {}, ctx);
   return detail::demote<R>(y);
+}
+
+template <MatrixMixer M, int R, class Alg>
+void vjp_into(const mix<M, R, Alg>& e,
+              const tensor<typename M::value_type, R, typename M::backend>& dy,
+              mix<M, R, Alg>& gradients, const typename M::backend::context& ctx);
+
+/// A product with the function that adds its vector-Jacobian product, for a tape.
+template <class E>
+struct evaluated {
+  tensor<typename E::value_type, E::rank, typename E::backend> y;
+  /// (dy, gradients); holds what the forward pass has saved, and the operands
+  std::function<void(const tensor<typename E::value_type, E::rank, typename E::backend>&, E&)>
+      add_vjp;
+};
+
+/// Evaluates mixer * X, and keeps what its gradient wants again where the mixer saves something.
+template <MatrixMixer M, int R, class Alg>
+[[nodiscard]] evaluated<mix<M, R, Alg>> eval_with_vjp(const mix<M, R, Alg>& e,
+                                                      const typename M::backend::context& ctx) {
+  using E = mix<M, R, Alg>;
+  using B = typename M::backend;
+  using T = typename M::value_type;
+  const typename B::scope scope(ctx);
+  const tensor<T, 4, B> y(e.extents());
+  evaluated<E> r{detail::demote<R>(y), [e, &ctx](const tensor<T, R, B>& dy, E& gradients) {
+                   vjp_into(e, dy, gradients, ctx);
+                 }};
+  if (y.size() == 0) return r;
+  detail::with_concrete_algorithm(e, [&](auto algorithm) {
+    if constexpr (requires { apply_mixer_saving(ctx, algorithm, e.mixer, e.x, y); }) {
+      r.add_vjp = [e, &ctx, algorithm, saved = apply_mixer_saving(ctx, algorithm, e.mixer, e.x, y)](
+                      const tensor<T, R, B>& dy, E& gradients) {
+        apply_mixer_vjp(ctx, algorithm, e.mixer, e.x, detail::promote(dy), gradients.mixer,
+                        gradients.x, saved);
+      };
+    } else {
+      eval_into(e, y, {}, ctx);
+    }
+  });
+  return r;
 }
 
 template <Floating T, Backend B = cpu>

@@ -97,7 +97,8 @@ class sequence_mixer {
   /// An empty state. @param max_rollback  the most tokens that rollback() must be able to undo
   [[nodiscard]] auto initial_state(index_t sequences, index_t max_rollback = 0) const {
     const tensor<T, 3, B> nothing(1, 0, self().width());
-    const auto parts = self().project({}, nothing, sequence_layout::from_lengths({0}), nullptr);
+    const auto& ctx = detail::current_context<B>();  // where the state will be
+    const auto parts = self().project({ctx}, nothing, sequence_layout::from_lengths({0}), nullptr);
     auto matrix_part = make_state(parts.product, sequences, max_rollback);
     return mixer_state<T, decltype(matrix_part), B>{
         std::move(matrix_part),

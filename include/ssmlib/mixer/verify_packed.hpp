@@ -50,9 +50,9 @@ template <class P>
       if (per_token && t) part = t.slice(1, begin, end);
     }
     packed_operand o{std::string(name), per_token, {}};
-    part = part.contiguous();
-    for (index_t i = 0; i < part.size(); ++i)
-      o.values.push_back(static_cast<double>(part.data()[i]));
+    const auto exact = exact_on_host(part);
+    for (index_t i = 0; i < exact.size(); ++i)
+      o.values.push_back(exact.data()[i]);
     all.push_back(std::move(o));
   });
   return all;

@@ -81,9 +81,8 @@ SSMLIB_INLINE void elements<cuda>::copy(void* to, const strided_axes& to_axes, c
   const index_t n = element_count(to_axes.extents);
   const cudaStream_t stream = cuda::current().stream();
   if (to_axes.are_dense() && from_axes.are_dense()) {
-    SSMLIB_CHECK_CUDA(cudaMemcpyAsync(to, from, static_cast<std::size_t>(n) * element_bytes,
-                                      cudaMemcpyDeviceToDevice, stream));
-    return;
+    return cuda::current().copy(to, from, static_cast<std::size_t>(n) * element_bytes,
+                                cudaMemcpyDeviceToDevice);
   }
   launch_by_width(n, element_bytes, [&](auto bits, unsigned blocks) {
     using Bits = decltype(bits);

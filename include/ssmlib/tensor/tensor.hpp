@@ -29,13 +29,24 @@ struct strided_axes {
     return true;
   }
 };
+/// Elements of a tensor, whatever they are.
+struct memory_part {
+  const void* data;
+  strided_axes axes;
+  std::size_t element_bytes;
+};
 /// How a backend works on elements without knowing what they mean:
 ///
 ///   copy(to, axes, from, axes, element_bytes), fill(to, axes, value, element_bytes)
 ///   add(to, axes, from, axes)               to += from, for f32, f64 and, where it computes, bf16
-///   zero(buffer)                            all bits
+///   zero(buffer)                            all bits; a backend may put it off, see tensor::data()
 ///   from_host(tensor<T, R, cpu>)            a tensor of the backend with these elements
 ///   to_host(tensor<T, R, B>)                and back, when all work before it is done
+///
+/// and, where zero() is put off until it is known what is overwritten,
+///
+///   settle(buffer, part)                    before a part is read or added to
+///   is_unwritten(buffer, part), mark_written(buffer, part)
 template <class B>
 struct elements;
 template <>
@@ -90,6 +101,7 @@ template <Backend B>
 class buffer {
  public:
   using resource = typename B::memory_resource;
+  using block = typename resource::block;
 
   buffer() = default;
   explicit buffer(std::size_t bytes) : block_(resource::create(bytes)) {}
@@ -110,12 +122,14 @@ class buffer {
   [[nodiscard]] void* data() const { return block_ ? block_->data : nullptr; }
   [[nodiscard]] std::size_t bytes() const { return block_ ? block_->bytes : 0; }
   [[nodiscard]] const void* id() const { return block_; }
+  /// For the backend, which may keep more there.
+  [[nodiscard]] block* head() const { return block_; }
   [[nodiscard]] index_t use_count() const {
     return block_ ? block_->count.load(std::memory_order_relaxed) : 0;
   }
 
  private:
-  memory_block* block_ = nullptr;
+  block* block_ = nullptr;
 };
 
 /// A tensor of rank 1 to 4, stored (batch, time, head, feature), last index fastest, possibly a
@@ -178,13 +192,29 @@ class tensor {
   [[nodiscard]] const shape<Rank>& strides() const { return strides_; }
   [[nodiscard]] index_t extent(int d) const { return extents_[static_cast<std::size_t>(d)]; }
   [[nodiscard]] index_t size() const { return data_ ? element_count(extents_) : 0; }
-  [[nodiscard]] T* data() const { return data_; }
+  /// Where the elements are, to read and to write. On a backend that puts off filling with zeros it
+  /// is done now, unless this part has been written.
+  [[nodiscard]] T* data() const {
+    if constexpr (puts_off_zeros) detail::elements<B>::settle(buffer_, part());
+    return data_;
+  }
   [[nodiscard]] const buffer<B>& storage() const { return buffer_; }
   /// False for a default tensor, which holds nothing.
   explicit operator bool() const { return data_ != nullptr; }
 
-  [[nodiscard]] ssm::view<T, Rank> view() const { return {data_, extents_, strides_}; }
-  [[nodiscard]] ssm::view<const T, Rank> const_view() const { return {data_, extents_, strides_}; }
+  [[nodiscard]] ssm::view<T, Rank> view() const { return {data(), extents_, strides_}; }
+  [[nodiscard]] ssm::view<const T, Rank> const_view() const { return {data(), extents_, strides_}; }
+
+  /// Whether all elements are zeros that nobody has stored: then what is to be added to them can be
+  /// stored instead, after mark_written(). False where that is not known.
+  [[nodiscard]] bool is_unwritten() const {
+    if constexpr (puts_off_zeros) return detail::elements<B>::is_unwritten(buffer_, part());
+    return false;
+  }
+  /// The caller overwrites every element before anybody reads one.
+  void mark_written() const {
+    if constexpr (puts_off_zeros) detail::elements<B>::mark_written(buffer_, part());
+  }
 
   /// Unchecked element access; the CPU only.
   template <class... I>
@@ -207,12 +237,15 @@ class tensor {
   /// Copies elements. @throws shape_error  the shapes differ.
   void copy_from(const tensor& other) const {
     detail::check_copy(other.extents_, extents_);
-    if (size() > 0) {
-      detail::elements<B>::copy(data_, axes(), other.data_, other.axes(), sizeof(T));
-    }
+    if (size() == 0) return;
+    const T* from = other.data();
+    mark_written();
+    detail::elements<B>::copy(data(), axes(), from, other.axes(), sizeof(T));
   }
   void fill(T value) const {
-    if (size() > 0) detail::elements<B>::fill(data_, axes(), &value, sizeof(T));
+    if (size() == 0) return;
+    mark_written();
+    detail::elements<B>::fill(data(), axes(), &value, sizeof(T));
   }
 
   /// The part [begin, end) of axis d, sharing the elements. @throws shape_error  out of range.
@@ -276,6 +309,12 @@ class tensor {
   template <Element, int, Backend>
   friend class tensor;
 
+  static constexpr bool puts_off_zeros =
+      requires(const buffer<B>& b, const detail::memory_part& part) {
+    detail::elements<B>::settle(b, part);
+  };
+  [[nodiscard]] detail::memory_part part() const { return {data_, axes(), sizeof(T)}; }
+
   buffer<B> buffer_;
   T* data_ = nullptr;
   shape<Rank> extents_{};
@@ -304,7 +343,9 @@ namespace detail {
 /// to += from, element by element. @pre equal shapes
 template <Element T, int R, Backend B>
 void add_to(const tensor<T, R, B>& to, const tensor<T, R, B>& from) {
-  if (to.size() > 0) elements<B>::add(to.data(), to.axes(), from.data(), from.axes());
+  if (to.size() == 0) return;
+  if (to.is_unwritten()) return to.copy_from(from);
+  elements<B>::add(to.data(), to.axes(), from.data(), from.axes());
 }
 /// A tensor of the backend with the elements of a host tensor; on the CPU the tensor itself.
 template <Backend B, Element T, int R>

@@ -4,9 +4,11 @@
 #include <ssmlib/grad/tape.hpp>
 #include <ssmlib/kernels/cpu/optimizer.hpp>
 #include <ssmlib/nn/parameter.hpp>
+#include <ssmlib/nn/weight_cache.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <functional>
 #include <string>
 #include <utility>
@@ -101,6 +103,7 @@ template <Real R, Backend B = cpu>
 struct adamw_values {
   tensor<R, 1, B> value, gradient, first, second;
   bool decays;
+  tensor<bf16, 1, B> copy{};  ///< takes the new values too, or absent; not on the CPU
 };
 
 /// One update of all parameters. @param step  its `keep` is that of parameters that decay
@@ -136,10 +139,12 @@ class adamw {
   /// One update of every parameter from its gradient times `gradient_scale`. Results do not depend
   /// on the number of threads.
   /// @param learning_rate  >= 0
+  /// @param weights        whose copies of the parameters get the new values too, or null
   /// @throws value_error  the tape does not watch a parameter.
-  /// @cost 4 reads and 3 writes a value.
+  /// @cost 4 reads and 3 writes a value, and the copies.
   void step(tape<T, B>& t, double learning_rate, double gradient_scale = 1.0,
-            const typename B::context& ctx = default_context<B>());
+            const typename B::context& ctx = default_context<B>(),
+            weight_cache<T, B>* weights = nullptr);
 
   /// How many updates there have been.
   [[nodiscard]] index_t steps() const { return steps_; }
@@ -188,7 +193,7 @@ adamw<T, B>::adamw(std::vector<parameter<T, B>> parameters, const adamw_options&
 
 template <Floating T, Backend B>
 void adamw<T, B>::step(tape<T, B>& t, double learning_rate, double gradient_scale,
-                       const typename B::context& ctx) {
+                       const typename B::context& ctx, weight_cache<T, B>* weights) {
   if (!(learning_rate >= 0)) {
     throw value_error("ssm: adamw: step with the learning rate " + std::to_string(learning_rate) +
                       "; wanted >= 0");
@@ -202,6 +207,10 @@ void adamw<T, B>::step(tape<T, B>& t, double learning_rate, double gradient_scal
       throw value_error("ssm: adamw: the tape does not watch the parameter '" + p.name +
                         "'; watch it before the forward pass");
     }
+  }
+  if constexpr (std::same_as<T, bf16>) {
+    for (std::size_t i = 0; weights != nullptr && i < list.size(); ++i)
+      list[i].copy = weights->copy_to_update(list[i].value);
   }
   ++steps_;
   const auto count = static_cast<double>(steps_);

@@ -96,7 +96,7 @@ template <Floating T, Backend B, class L, class F>
   }
   require_finite_gradient(norm, t, optimizer.parameters(), step);
   const double rate = options.learning_rate * options.schedule(step);
-  optimizer.step(t, rate, sum.scale() * clip_factor(norm, options.clip), p.ctx);
+  optimizer.step(t, rate, sum.scale() * clip_factor(norm, options.clip), p.ctx, p.weights);
   return {step, mean_loss, rate, norm, sum.count(), 0.0};
 }
 
@@ -107,7 +107,9 @@ template <Floating T, Backend B, class L, class F>
 /// and parameters are restored goes on to the same bits as one that never ended. Nothing is
 /// printed.
 ///
-/// Only the optimizer's parameters are watched by the tape; all others are frozen.
+/// Only the optimizer's parameters are watched by the tape; all others are frozen. A bf16 model's
+/// passes read working copies of the parameters (nn/weight_cache.hpp), which the optimizer keeps up
+/// to date: callbacks may change parameters, the loss may not.
 ///
 ///     adamw<float> optimizer(select_parameters(all, names).trained);
 ///     train(optimizer, loader,
@@ -129,9 +131,11 @@ index_t train(adamw<T, B>& optimizer, L& loader, F&& loss, const training_option
   tape<T, B> t;
   for (const parameter<T, B>& p : optimizer.parameters())
     t.watch(p.value);
-  const pass<T, B> p{.ctx = ctx, .tape = &t};
+  weight_cache<T, B> weights;
+  const pass<T, B> p{.ctx = ctx, .tape = &t, .weights = &weights};
   while (optimizer.steps() < options.steps) {
     if (callbacks.should_stop && callbacks.should_stop()) break;
+    if (callbacks.should_stop || callbacks.on_step) weights.clear();  // they may change parameters
     const auto start = std::chrono::steady_clock::now();
     const auto before = loader.state();
     step_info info{};

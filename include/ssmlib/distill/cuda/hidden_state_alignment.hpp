@@ -2,6 +2,7 @@
 
 #include <ssmlib/distill/hidden_state_alignment.hpp>
 #include <ssmlib/kernels/cuda/matrix_distance.hpp>
+#include <ssmlib/tensor/cuda_elements.hpp>
 
 /// @file
 /// Hidden-state alignment on CUDA. Nothing waits for the device.

@@ -33,17 +33,18 @@ class cuda_matrix_tiling {
 
   template <class F>
   void for_each(F f) const {
-    for (index_t i = 0; i < layout_.sequences();) {
-      const index_t first = i, length = layout_.length(i), n = std::min(group(length), like(i));
+    index_t n = 1;
+    for (index_t i = 0; i < layout_.sequences(); i += n) {
+      const index_t length = layout_.length(i);
+      n = length > 0 ? std::min(group(length), like(i)) : 1;
       place at{layout_.begin(i), n, length, 0, 0, 0, 0};
-      i += n;
       const index_t columns = cheap_rows_ ? edge(length) : narrow(length);
       const index_t rows = cheap_rows_ ? columns : length;
       for (at.column = 0; at.column < length; at.column += columns) {
         at.columns = std::min(columns, length - at.column);
         for (at.row = causal_ ? at.column : 0; at.row < length; at.row += rows) {
           at.rows = std::min(rows, length - at.row);
-          f(at, first);
+          f(at, i);
         }
       }
     }
@@ -69,8 +70,7 @@ class cuda_matrix_tiling {
   // Sequences from i on that are as long as i, and lie one after the other.
   [[nodiscard]] index_t like(index_t i) const {
     index_t n = 1;
-    while (i + n < layout_.sequences() && layout_.length(i + n) == layout_.length(i) &&
-           layout_.length(i) > 0)
+    while (i + n < layout_.sequences() && layout_.length(i + n) == layout_.length(i))
       ++n;
     return n;
   }

@@ -34,6 +34,20 @@ SSMLIB_DEVICE void barrier_arrive(std::uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
+/// Racecheck follows a barrier only by the threads that arrive at it themselves: a build to be run
+/// under it defines SSMLIB_RACECHECK, and every lane arrives where otherwise one does for its warp.
+#ifdef SSMLIB_RACECHECK
+inline constexpr int arrivals_a_warp = 32;
+#else
+inline constexpr int arrivals_a_warp = 1;
+#endif
+/// A whole warp: says that what its lanes have done is done. It counts as `arrivals_a_warp`.
+/// __syncwarp() orders the lanes' accesses before the arrival of the one, which releases them: that
+/// is cumulative.
+SSMLIB_DEVICE void barrier_arrive_warp(std::uint64_t* barrier) {
+  __syncwarp();
+  if (arrivals_a_warp == 32 || threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
 SSMLIB_DEVICE void barrier_arrive_expect(std::uint64_t* barrier, int bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),

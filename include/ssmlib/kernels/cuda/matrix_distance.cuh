@@ -14,7 +14,7 @@ namespace ssm::kernels::cuda {
 
 namespace detail {
 
-inline constexpr int entry_warps = 8, rows_of_warp = 8, rows_of_block = entry_warps * rows_of_warp;
+inline constexpr int entry_warps = 4, rows_of_warp = 8, rows_of_block = entry_warps * rows_of_warp;
 inline constexpr int lane_columns = 4, chunk_columns = 32 * lane_columns;
 
 [[nodiscard]] inline index_t row_blocks(const matrix_place& p) {
@@ -68,7 +68,7 @@ SSMLIB_DEVICE void add_rows(const double (&sums)[rows_of_warp][32], int lane, co
 }
 
 template <class R>
-__global__ void __launch_bounds__(32 * entry_warps, 2)
+__global__ void __launch_bounds__(32 * entry_warps, 4)
     matrix_distance_kernel(const __grid_constant__ matrix_pair<R> p, double* squares) {
   __shared__ double rows[entry_warps][rows_of_warp][32];
   const int lane = threadIdx.x % 32;
@@ -145,14 +145,14 @@ struct entry_result {
   R d_product;
   double row = 0, column = 0;
 };
-/// @param factor  of a semiseparable tile. @param softmax_sum  of a softmax row
+/// @param factor  of a semiseparable tile
 template <class R>
 SSMLIB_DEVICE entry_result<R> product_gradient(const head_tile<R>& m, const matrix_sums& sums,
                                                R product, R factor, R value, R d, R weight,
-                                               double softmax_sum, int t, int s) {
+                                               const line_values<R>& row, int t, int s) {
   if (m.m.form == matrix_form::plain) return {d};
   if (m.m.form == matrix_form::softmax) {
-    return {m.m.alpha * value * (d - static_cast<R>(softmax_sum)),
+    return {m.m.alpha * value * (d - static_cast<R>(row.sum)),
             static_cast<double>(value) * static_cast<double>(d)};
   }
   const R y = factor == R(0) ? R(0) : factor * product * d;
@@ -168,7 +168,7 @@ SSMLIB_DEVICE entry_result<R> product_gradient(const head_tile<R>& m, const matr
 
 /// @tparam RowsOnly  only adds the row sums of a softmax
 template <class T, bool RowsOnly>
-__global__ void __launch_bounds__(32 * entry_warps, 2)
+__global__ void __launch_bounds__(32 * entry_warps, sizeof(accum_t<T>) == 4 ? 3 : 2)
     matrix_gradient_kernel(const __grid_constant__ gradient_parameters<T> parameters) {
   using R = accum_t<T>;
   __shared__ double parts[entry_warps][chunk_columns];
@@ -176,39 +176,39 @@ __global__ void __launch_bounds__(32 * entry_warps, 2)
   const matrix_gradient<T>& g = parameters.g;
   const matrix_pair<R>& p = g.pair;
   const matrix_tile<R>& tile = p.student;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   const block_place at(p.place, tile.product_heads);
   const int share = tile.heads / tile.product_heads;
-  const int rows = static_cast<int>(p.place.rows), columns = static_cast<int>(p.place.columns);
   const bool is_softmax = tile.form == matrix_form::softmax;
   const bool is_semiseparable = tile.form == matrix_form::semiseparable;
   const bool has_columns = !RowsOnly && is_semiseparable;
   for (int of_share = 0; of_share < share; ++of_share) {
     const int h = at.head * share + of_share;
     const head_tile<R> student(tile, at.sequence, at.first, h);
-    double(&row_sums)[rows_of_warp][32] = sums_of_rows[warp];
+    double(&row_sums)[rows_of_warp][32] = sums_of_rows[threadIdx.x / 32];
     clear_rows(row_sums, lane);
-    for (int chunk = 0; chunk < columns; chunk += chunk_columns) {
+    for (int chunk = 0; chunk < p.place.columns; chunk += chunk_columns) {
       const int c0 = chunk + lane;
       double column_sums[lane_columns] = {};
       line_values<R> of_column[lane_columns];
 #pragma unroll
       for (int j = 0; j < lane_columns; ++j) {
-        if (c0 + 32 * j < columns)
+        if (c0 + 32 * j < p.place.columns)
           of_column[j] = student.column(static_cast<int>(p.place.column) + c0 + 32 * j);
       }
 #pragma unroll 1
       for (int k = 0; k < rows_of_warp; ++k) {
         const int r = at.row + k, t = static_cast<int>(p.place.row) + r;
-        if (r >= rows) break;
-        const line_values<R> row = student.row(t);
+        if (r >= p.place.rows) break;
+        line_values<R> row = student.row(t);
+        if (is_softmax && !RowsOnly) row.sum = g.sums.row[(at.first + t) * tile.heads + h];
         const R* line = student.line(r);
         R factor[lane_columns], value[lane_columns], d[lane_columns] = {};
 #pragma unroll
         for (int j = 0; j < lane_columns; ++j) {
           const int c = c0 + 32 * j, s = static_cast<int>(p.place.column) + c;
           factor[j] = value[j] = R(0);
-          if (c >= columns) continue;
+          if (c >= p.place.columns) continue;
           if (is_semiseparable) {
             factor[j] = student.factor(row, of_column[j], t, s);
             value[j] = student.entry_of_factor(factor[j], line[c], of_column[j], t, s);
@@ -217,18 +217,16 @@ __global__ void __launch_bounds__(32 * entry_warps, 2)
           }
         }
         entry_gradients(p, g.factors, at, h, r, c0, value, d);
-        const double softmax_sum =
-            is_softmax && !RowsOnly ? g.sums.row[(at.first + t) * tile.heads + h] : 0.0;
         const index_t to =
             at.sequence * tile.strides[0] + at.head * tile.strides[1] + r * tile.strides[2];
         double row_sum = 0;
 #pragma unroll
         for (int j = 0; j < lane_columns; ++j) {
           const int c = c0 + 32 * j;
-          if (c >= columns) continue;
-          const auto e = product_gradient(student, g.sums, line[c], factor[j], value[j], d[j],
-                                          of_column[j].number, softmax_sum, t,
-                                          static_cast<int>(p.place.column) + c);
+          if (c >= p.place.columns) continue;
+          const auto e =
+              product_gradient(student, g.sums, line[c], factor[j], value[j], d[j],
+                               of_column[j].number, row, t, static_cast<int>(p.place.column) + c);
           row_sum += e.row;
           column_sums[j] += e.column;
           if (RowsOnly) continue;
@@ -246,15 +244,15 @@ __global__ void __launch_bounds__(32 * entry_warps, 2)
       __syncthreads();
 #pragma unroll
       for (int j = 0; j < lane_columns; ++j)
-        parts[warp][lane + 32 * j] = column_sums[j];
+        parts[threadIdx.x / 32][lane + 32 * j] = column_sums[j];
       __syncthreads();
       const int c = chunk + static_cast<int>(threadIdx.x);
-      if (threadIdx.x < chunk_columns && c < columns) {
+      if (threadIdx.x < chunk_columns && c < p.place.columns) {
         double sum = 0;
         for (int w = 0; w < entry_warps; ++w)
           sum += parts[w][threadIdx.x];
         const index_t line_of_parts = (at.block * p.place.sequences + at.sequence) * tile.heads + h;
-        parameters.columns[line_of_parts * columns + c] = sum;
+        parameters.columns[line_of_parts * p.place.columns + c] = sum;
       }
     }
     if (RowsOnly || has_columns) {

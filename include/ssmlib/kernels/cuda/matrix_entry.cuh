@@ -22,7 +22,7 @@ SSMLIB_DEVICE int head_of(int h, int heads, int groups) {
 /// What the entries of a row or a column of one head have in common.
 template <class R>
 struct line_values {
-  double decay = 0;
+  double sum = 0;  ///< of log decays; of a softmax row, where it is set, of gradients times entries
   std::int32_t resets = 0;
   R number = 1;  ///< a row's log_sum, a column's weight
 };
@@ -67,9 +67,8 @@ struct head_tile {
                          int s) const {
     if (s > t) return R(0);
     if (!m.decay) return m.alpha;
-    return row.resets == column.resets
-               ? m.alpha * exponential(static_cast<R>(row.decay - column.decay))
-               : R(0);
+    return row.resets == column.resets ? m.alpha * exponential(static_cast<R>(row.sum - column.sum))
+                                       : R(0);
   }
   SSMLIB_DEVICE R diagonal() const {
     return m.diagonal ? m.diagonal[head_of(head, m.heads, m.diagonal_heads)] : R(0);
@@ -95,7 +94,7 @@ struct head_tile {
     line_values<R> v;
     if (m.form != matrix_form::semiseparable || !m.decay) return v;
     const index_t at = (first + t) * m.decay_heads + mask_head;
-    v.decay = m.decay[at];
+    v.sum = m.decay[at];
     v.resets = m.resets[at];
     return v;
   }

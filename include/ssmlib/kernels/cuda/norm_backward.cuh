@@ -4,12 +4,36 @@
 #include <ssmlib/kernels/cuda/norm_parts.cuh>
 
 /// @file
-/// A team walks the rows of its part with the sums for its columns of the weight in registers;
-/// parts are added up by a second kernel.
+/// A team walks the rows of its part with the sums for its columns of the weight in registers; the
+/// teams of a block share a part where they are warps. Parts are added up by a second kernel.
 
 namespace ssm::kernels::cuda {
 
 namespace detail {
+
+/// The first warp's sums become those of all warps of the block, in order.
+template <class Share, int Items>
+SSMLIB_DEVICE void norm_add_teams(const norm_team& team, index_t group, int mine,
+                                  typename Share::values (&sums)[Items]) {
+  constexpr int vector = Share::vector;
+  __shared__ typename Share::R shared[(norm_teams - 1) * Items * 32 * vector];
+  __syncthreads();
+  for_share<Share, Items, true>(team, group, [&](int i) {
+    if (mine == 0) return;
+#pragma unroll
+    for (int e = 0; e < vector; ++e)
+      shared[((mine - 1) * Items + i) * 32 * vector + e * 32 + team.rank] = sums[i].v[e];
+  });
+  __syncthreads();
+  if (mine != 0) return;
+  for_share<Share, Items, true>(team, group, [&](int i) {
+    for (int w = 0; w + 1 < norm_teams; ++w) {
+#pragma unroll
+      for (int e = 0; e < vector; ++e)
+        sums[i].v[e] += shared[(w * Items + i) * 32 * vector + e * 32 + team.rank];
+    }
+  });
+}
 
 /// With n the normalised value and g its gradient: dv = scale (g - mean(g) - n mean(g n)), without
 /// mean(g) for RMSNorm.
@@ -21,9 +45,12 @@ __global__ void __launch_bounds__(norm_team_limit)
   using values = typename share::values;
   constexpr int vector = share::vector;
   const norm_team team(o.team);
-  const index_t groups = o.width() / o.group, part = team.index / groups;
+  const bool together = Held && team.size == 32;
+  const int teams = together ? norm_teams : 1, mine = together ? threadIdx.x / 32 : 0;
+  const index_t owner = together ? index_t{blockIdx.x} : team.index;
+  const index_t groups = o.width() / o.group, part = owner / groups;
   if (part >= o.part_count) return;
-  const index_t group = team.index % groups, offset = group * o.group;
+  const index_t group = owner % groups, offset = group * o.group;
   const auto each = [&](auto f) { for_share<share, Items, Held>(team, o.group, f); };
   const R* weight = o.weight + group * o.weight_step;
   R* parts = o.parts ? o.parts + part * o.width() + offset : nullptr;
@@ -38,7 +65,7 @@ __global__ void __launch_bounds__(norm_team_limit)
       if (bias_parts) bias_parts[share::column(i, team)] = R(0);
     });
   }
-  for (index_t row = part; row < o.rows(); row += o.part_count) {
+  for (index_t row = part * teams + mine; row < o.rows(); row += o.part_count * teams) {
     share x, z, dy;
     x.load(o.x.data + row * o.x.strides[0] + offset, team, o.group);
     dy.load(o.dy.data + row * o.dy.strides[0] + offset, team, o.group);
@@ -115,6 +142,13 @@ __global__ void __launch_bounds__(norm_team_limit)
     });
   }
   if constexpr (Held) {
+    if (together) {
+      norm_add_teams<share, Items>(team, o.group, mine, d_weight);
+      if constexpr (Kind == norm_kind::layer) {
+        norm_add_teams<share, Items>(team, o.group, mine, d_bias);
+      }
+      if (mine != 0) return;
+    }
     each([&](int i) {
 #pragma unroll
       for (int e = 0; e < vector; ++e) {
@@ -125,54 +159,65 @@ __global__ void __launch_bounds__(norm_team_limit)
   }
 }
 
-/// to[c] (+)= the sum over parts, and over groups where they share the weight. A block has eight
-/// rows of threads, so that eight parts are on their way at once.
+inline constexpr int norm_sum_warps = 32;
+
+/// to[c] (+)= the sum over parts, and over groups where they share the weight. A block has many
+/// rows of threads, so that many parts are on their way at once.
 template <class R>
 __global__ void norm_sum_kernel(const R* parts, index_t part_count, index_t width, index_t size,
                                 R* to, bool add) {
-  __shared__ R shared[8][32];
+  __shared__ R shared[norm_sum_warps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const index_t c = index_t{blockIdx.x} * 32 + lane;
   R sum = R(0);
   if (c < size) {
-    for (index_t k = warp; k < part_count; k += 8)
-      for (index_t g = c; g < width; g += size)
+    for (index_t g = c; g < width; g += size) {
+#pragma unroll 4
+      for (index_t k = warp; k < part_count; k += norm_sum_warps)
         sum += parts[k * width + g];
+    }
   }
   shared[warp][lane] = sum;
   __syncthreads();
   if (warp != 0 || c >= size) return;
 #pragma unroll
-  for (int w = 1; w < 8; ++w)
+  for (int w = 1; w < norm_sum_warps; ++w)
     sum += shared[w][lane];
   to[c] = add ? to[c] + sum : sum;
 }
 
-inline constexpr index_t norm_parts = 528;  // teams that walk rows, at most
+inline constexpr index_t norm_parts = 1056;  // at most
 
-template <class T>
-[[nodiscard]] index_t norm_part_count(index_t rows, index_t groups) {
-  return std::clamp<index_t>(4 * norm_parts / std::max<index_t>(groups, 1), 1,
-                             std::max<index_t>(1, std::min(rows, norm_parts)));
+/// Parts of the rows, for 16 warps a multiprocessor. @param warps  of a part
+[[nodiscard]] inline index_t norm_part_count(index_t rows, index_t groups, index_t warps) {
+  const index_t most = std::min(norm_parts, 2112 / warps);
+  return std::clamp<index_t>(4 * most / std::max<index_t>(groups, 1), 1,
+                             std::max<index_t>(1, std::min(rows, most)));
+}
+/// The most parts of any launch.
+[[nodiscard]] inline index_t norm_part_limit(index_t rows, index_t groups) {
+  return norm_part_count(rows, groups, 1);
 }
 
 template <norm_kind Kind, gate_order Order, class T>
 void launch_norm_vjp(cudaStream_t stream, norm_arguments<T> o, accum_t<T>* d_weight,
                      accum_t<T>* d_bias, index_t weight_size, accum_t<T>* workspace) {
   const index_t groups = o.width() / o.group;
-  o.part_count = norm_part_count<T>(o.rows(), groups);
-  if (d_weight) o.parts = workspace;
-  if (d_bias) o.bias_parts = workspace + o.part_count * o.width();
   if (o.width() == 0) return;
   with_norm_team(o, [&]<int Items, bool Held>() {
-    norm_vjp_kernel<T, Kind, Order, Items, Held>
-        <<<norm_blocks(o.part_count * groups, o.team), norm_threads(o.team), 0, stream>>>(o);
+    const bool together = Held && o.team == 32;
+    o.part_count = norm_part_count(o.rows(), groups, Held && !together ? o.team / 32 : norm_teams);
+    if (d_weight) o.parts = workspace;
+    if (d_bias) o.bias_parts = workspace + o.part_count * o.width();
+    const index_t parts = o.part_count * groups;
+    const unsigned blocks = together ? static_cast<unsigned>(parts) : norm_blocks(parts, o.team);
+    norm_vjp_kernel<T, Kind, Order, Items, Held><<<blocks, norm_threads(o.team), 0, stream>>>(o);
     SSMLIB_CHECK_CUDA(cudaGetLastError());
   });
   const auto add_up = [&](const accum_t<T>* parts, accum_t<T>* to) {
     if (to == nullptr) return;
-    norm_sum_kernel<<<static_cast<unsigned>((weight_size + 31) / 32), 256, 0, stream>>>(
-        parts, o.part_count, o.width(), weight_size, to, o.add);
+    norm_sum_kernel<<<static_cast<unsigned>((weight_size + 31) / 32), 32 * norm_sum_warps, 0,
+                      stream>>>(parts, o.part_count, o.width(), weight_size, to, o.add);
     SSMLIB_CHECK_CUDA(cudaGetLastError());
   };
   add_up(o.parts, d_weight);
@@ -184,7 +229,7 @@ void launch_norm_vjp(cudaStream_t stream, norm_arguments<T> o, accum_t<T>* d_wei
 template <class T>
 std::size_t rms_norm_vjp_workspace_bytes(const rms_norm_problem<T>& p) {
   const index_t width = p.x.extents[1];
-  return static_cast<std::size_t>(detail::norm_part_count<T>(p.x.extents[0], width / p.group) *
+  return static_cast<std::size_t>(detail::norm_part_limit(p.x.extents[0], width / p.group) *
                                   width) *
          sizeof(accum_t<T>);
 }
@@ -216,8 +261,7 @@ void rms_norm_vjp(cudaStream_t stream, gate_order order, const rms_norm_problem<
 
 template <class T>
 std::size_t layer_norm_vjp_workspace_bytes(const layer_norm_problem<T>& p) {
-  return static_cast<std::size_t>(2 * detail::norm_part_count<T>(p.x.extents[0], 1) *
-                                  p.x.extents[1]) *
+  return static_cast<std::size_t>(2 * detail::norm_part_limit(p.x.extents[0], 1) * p.x.extents[1]) *
          sizeof(accum_t<T>);
 }
 

@@ -19,6 +19,7 @@ enum class norm_kind { rms, layer };
 
 inline constexpr int norm_items = 4;         // vectors of a thread, at most
 inline constexpr int norm_team_limit = 384;  // threads, for the registers
+inline constexpr int norm_teams = 4;         // of a block, where they are warps
 
 template <class T>
 struct norm_arguments {
@@ -208,11 +209,11 @@ void with_norm_team(norm_arguments<T>& o, F f) {
 }
 
 [[nodiscard]] inline unsigned norm_blocks(index_t teams, int team) {
-  const index_t a_block = team == 32 ? 4 : 1;
+  const index_t a_block = team == 32 ? norm_teams : 1;
   return static_cast<unsigned>((teams + a_block - 1) / a_block);
 }
 [[nodiscard]] inline unsigned norm_threads(int team) {
-  return static_cast<unsigned>(team == 32 ? 128 : team);
+  return static_cast<unsigned>(team == 32 ? 32 * norm_teams : team);
 }
 
 template <class T>

@@ -192,8 +192,7 @@ SSMLIB_DEVICE void ssd_finish_lane(const ssd_gradient_context<N>& m, int i) {
   kappa = warp_sum(kappa);
   barrier_wait(m.summed(i), (i / tile::stages) & 1);
   ssd_token_gradients(m.decays(i), m.sums(i), kappa, m.cut, m.place, i, m.lane);
-  __syncwarp();
-  if (m.lane == 0) barrier_arrive(m.stages.free(i));
+  barrier_arrive_warp(m.stages.free(i));
 }
 
 /// The warpgroup that fetches: warp 0 decays, warp 1 copies, warps 2 and 3 finish every other lane.
@@ -209,8 +208,7 @@ SSMLIB_DEVICE void ssd_fetch_lanes(const ssd_gradient_context<N>& m,
       ssd_load_steps(loaded, steps, place.token, place.n, m.lane);
       m.stages.wait_free(i);
       m.decays(i).set(steps, loaded, place.n, m.p.alpha, m.lane);
-      __syncwarp();
-      if (m.lane == 0) barrier_arrive(m.stages.full(i));
+      barrier_arrive_warp(m.stages.full(i));
     }
   } else if (m.warp == 1) {
     if (m.lane != 0) return;
@@ -259,9 +257,9 @@ __global__ __launch_bounds__(384, 1) void ssd_gradient_kernel(
                                   warp,
                                   static_cast<int>(threadIdx.x) % 32};
   if (threadIdx.x == 0) {
-    m.stages.start(2, 1);
+    m.stages.start(1, 1);
     for (int i = 0; i < tile::stages; ++i)
-      barrier_init(m.summed(i), 8);
+      barrier_init(m.summed(i), 8 * arrivals_a_warp);
     barrier_init(m.once(), 1);
     barrier_init_done();
   }

@@ -337,10 +337,7 @@ struct ssd_gradient_context {
     for (int i = 0; i < 32; ++i)
       scores[i] *= p.alpha;
   }
-  SSMLIB_DEVICE void finish(int i) const {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(summed(i));
-  }
+  SSMLIB_DEVICE void finish(int i) const { barrier_arrive_warp(summed(i)); }
 };
 
 }  // namespace ssm::kernels::cuda::detail

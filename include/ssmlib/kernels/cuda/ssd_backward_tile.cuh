@@ -20,10 +20,11 @@ template <int Stages>
 struct ssd_stages {
   std::uint64_t* at;
 
-  SSMLIB_DEVICE void start(int full_arrivals, int free_arrivals) const {
+  /// A stage is full when the engine's bytes are there and `filling` warps have arrived.
+  SSMLIB_DEVICE void start(int filling, int reading) const {
     for (int i = 0; i < Stages; ++i) {
-      barrier_init(at + i, full_arrivals);
-      barrier_init(at + Stages + i, free_arrivals);
+      barrier_init(at + i, 1 + filling * arrivals_a_warp);
+      barrier_init(at + Stages + i, reading * arrivals_a_warp);
     }
   }
   SSMLIB_DEVICE std::uint64_t* full(int c) const { return at + c % Stages; }
@@ -211,8 +212,7 @@ SSMLIB_DEVICE void ssd_walk(const ssd_arguments<bf16>& p, const ssd_backward_cut
                        shared + tile::image_at, warp, lane);
     products_wait<0>();
     pin(state);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(stages.free(i));
+    barrier_arrive_warp(stages.free(i));
   }
   if (to.data != nullptr) {
     ssd_store_state<N>(state, to.at(s, h), to.row, v % cut.parts * 64, p, warp, lane);
@@ -235,7 +235,7 @@ __global__ __launch_bounds__(256, 2) void ssd_boundary_kernel(
   const ssd_stages<tile::stages> stages{
       reinterpret_cast<std::uint64_t*>(shared + tile::barriers_at)};
   if (threadIdx.x == 0) {
-    stages.start(2, 4);
+    stages.start(1, 4);
     barrier_init_done();
   }
   __syncthreads();
@@ -256,8 +256,7 @@ __global__ __launch_bounds__(256, 2) void ssd_boundary_kernel(
       stages.wait_free(i);
       reinterpret_cast<ssd_backward_decays*>(shared + tile::decays_at)[i % tile::stages].set(
           steps, loaded, tokens - 64 * c, p.alpha, lane);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(stages.full(i));
+      barrier_arrive_warp(stages.full(i));
     }
   } else if (warp == 5 && lane == 0) {
     const CUtensorMap *keys = reverse ? &maps.q : &maps.k, *rows = reverse ? &maps.dy : &maps.x;

@@ -134,8 +134,8 @@ class ssd_pipeline {
       : shared_(shared), full_(reinterpret_cast<std::uint64_t*>(shared + Tile::barriers_at)) {
     if (threadIdx.x != 0) return;
     for (int i = 0; i < Tile::stages; ++i) {
-      barrier_init(full_ + i, 1 + Tile::groups);
-      barrier_init(full_ + Tile::stages + i, 4 * Tile::groups);
+      barrier_init(full_ + i, 1 + arrivals_a_warp * Tile::groups);
+      barrier_init(full_ + Tile::stages + i, 4 * arrivals_a_warp * Tile::groups);
     }
     barrier_init_done();
   }
@@ -183,8 +183,7 @@ class ssd_pipeline {
       load(from + Tile::chunk);
       wait_free(c);
       decays(c, group)->set(steps, now, tokens - from, alpha, lane);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(full_ + c % Tile::stages);
+      barrier_arrive_warp(full_ + c % Tile::stages);
     }
   }
   /// Waits for chunk c, whose stage is returned.
@@ -194,7 +193,7 @@ class ssd_pipeline {
   }
   /// Says that this warp is done with chunk c.
   SSMLIB_DEVICE void release(int c) const {
-    if (threadIdx.x % 32 == 0) barrier_arrive(full_ + Tile::stages + c % Tile::stages);
+    barrier_arrive_warp(full_ + Tile::stages + c % Tile::stages);
   }
   SSMLIB_DEVICE ssd_chunk_decays* decays(int c, int group) const {
     return reinterpret_cast<ssd_chunk_decays*>(shared_ + Tile::decays_at) +

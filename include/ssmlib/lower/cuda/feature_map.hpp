@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ssmlib/expr/gram.hpp>
+#include <ssmlib/lower/cuda/gradients.hpp>
 #include <ssmlib/lower/tokens.hpp>
 #include <ssmlib/tensor/cuda_elements.hpp>
 
@@ -62,16 +63,20 @@ class mapped_gradient {
   }
   void finish(const cuda::context& ctx, const tensor<T, 4, cuda>& t) const {
     if (!target_) return;
-    if constexpr (std::same_as<Phi, feature::identity>) {
-      add_to(target_, own_);
-    } else {
-      check_feature_map<Phi>();
-      map_features_vjp<Phi, T>(ctx.stream(), t.const_view(), own_.data(), target_.view());
-    }
+    check_feature_map<Phi>();
+    map_features_vjp<Phi, T>(ctx.stream(), t.const_view(), own_.data(), target_.view());
   }
 
  private:
   tensor<T, 4, cuda> target_, own_;
+};
+template <Floating T>
+class mapped_gradient<feature::identity, T> : public added_gradient<T, 4> {
+ public:
+  using added_gradient<T, 4>::added_gradient;
+  void finish(const cuda::context&, const tensor<T, 4, cuda>&) const {
+    added_gradient<T, 4>::finish();
+  }
 };
 
 }  // namespace ssm::detail

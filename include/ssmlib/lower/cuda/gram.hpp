@@ -1,10 +1,11 @@
 #pragma once
 
 #include <ssmlib/kernels/cuda/quadratic.hpp>
-#include <ssmlib/lower/cuda/quadratic.hpp>
+#include <ssmlib/lower/cuda/host_reference.hpp>
 #include <ssmlib/lower/cuda/semiseparable.hpp>
 
 #include <concepts>
+#include <type_traits>
 
 namespace ssm {
 

@@ -14,9 +14,8 @@ struct device_layout {
     if (is_rectangle(layout)) return;
     const cuda::scope scope(ctx);
     storage = tensor<index_t, 1, cuda>(sequences + 1);
-    SSMLIB_CHECK_CUDA(cudaMemcpyAsync(storage.data(), layout.offsets(),
-                                      static_cast<std::size_t>(sequences + 1) * sizeof(index_t),
-                                      cudaMemcpyHostToDevice, ctx.stream()));
+    ctx.copy(storage.data(), layout.offsets(),
+             static_cast<std::size_t>(sequences + 1) * sizeof(index_t), cudaMemcpyHostToDevice);
     offsets = storage.data();
   }
 

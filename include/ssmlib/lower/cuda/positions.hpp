@@ -13,10 +13,8 @@ namespace ssm::detail {
   if (positions == nullptr) return {};
   const cuda::scope scope(ctx);
   const tensor<index_t, 1, cuda> there(n);
-  if (n == 0) return there;
-  SSMLIB_CHECK_CUDA(cudaMemcpyAsync(there.data(), positions,
-                                    static_cast<std::size_t>(n) * sizeof(index_t),
-                                    cudaMemcpyHostToDevice, ctx.stream()));
+  ctx.copy(there.data(), positions, static_cast<std::size_t>(n) * sizeof(index_t),
+           cudaMemcpyHostToDevice);
   return there;
 }
 

@@ -75,6 +75,12 @@ class mask_gradient {
   tensor<V, R, cuda> target_;
   tensor<accum_t<V>, R, cuda> own_;
 };
+template <Real V, int R>
+class mask_gradient<V, R> : public added_gradient<V, R> {
+ public:
+  using added_gradient<V, R>::added_gradient;
+  void finish(const cuda::context&) const { added_gradient<V, R>::finish(); }
+};
 
 template <class L>
 struct cuda_mask_gradients;

@@ -42,6 +42,27 @@ struct cuda_attention {
   kernels::cuda::attention_problem<T> p;
 };
 
+/// What the gradient of attention takes from the forward pass.
+template <Floating T>
+struct saved_attention {
+  tensor<T, 3, cuda> y;                 // (tokens, heads, P)
+  tensor<accum_t<T>, 2, cuda> log_sum;  // (heads, tokens)
+};
+
+template <Floating T>
+void run_attention_backward(const cuda::context& ctx, const cuda_attention<T>& call,
+                            const saved_attention<T>& saved, const tensor<T, 3, cuda>& d_out,
+                            const softmax_mixer<T, cuda>& dm, const tensor<T, 4, cuda>& dx) {
+  const added_gradient<T, 4> dq(dm.logits.q), dk(dm.logits.k), dv(dx);
+  const cuda_workspace workspace(ctx, kernels::cuda::attention_backward_workspace_bytes<T>(call.p));
+  kernels::cuda::attention_backward<T>(ctx.stream(), call.p, saved.y.const_view(),
+                                       saved.log_sum.const_view(), d_out.const_view(), dq.tokens(),
+                                       dk.tokens(), dv.tokens(), workspace.data());
+  dq.finish();
+  dk.finish();
+  dv.finish();
+}
+
 }  // namespace detail
 
 /// @cost  4 H D flops a kept pair of tokens; no working memory
@@ -57,9 +78,33 @@ void apply_mixer(const cuda::context& ctx, alg::tiled, const softmax_mixer<T, cu
   out.finish();
 }
 
+/// The same on a tape: the result and the rows' statistics, one number a token and head, are kept
+/// for the gradient.
+template <Floating T>
+[[nodiscard]] detail::saved_attention<T> apply_mixer_saving(const cuda::context& ctx, alg::tiled,
+                                                            const softmax_mixer<T, cuda>& m,
+                                                            const tensor<T, 4, cuda>& x,
+                                                            const tensor<T, 4, cuda>& y) {
+  const detail::cuda_attention<T> call(ctx, m, x, y.extent(2));
+  const detail::saved_attention<T> saved{
+      detail::input_tokens(y), tensor<accum_t<T>, 2, cuda>(y.extent(2), y.extent(0) * y.extent(1))};
+  kernels::cuda::attention_forward<T>(ctx.stream(), call.p, saved.y.view(), saved.log_sum.view());
+  return saved;
+}
+/// @cost  14 H D flops a kept pair. Working memory: two numbers a token and head, and gradients
+/// that
+///        others have added to before.
+template <Floating T>
+void apply_mixer_vjp(const cuda::context& ctx, alg::tiled, const softmax_mixer<T, cuda>& m,
+                     const tensor<T, 4, cuda>& x, const tensor<T, 4, cuda>& dy,
+                     softmax_mixer<T, cuda>& dm, const tensor<T, 4, cuda>& dx,
+                     const detail::saved_attention<T>& saved) {
+  const detail::cuda_attention<T> call(ctx, m, x, dy.extent(2));
+  detail::run_attention_backward(ctx, call, saved, detail::input_tokens(dy), dm, dx);
+}
+
 /// @cost  18 H D flops a kept pair: 14 of the gradient, and 4 because the forward pass runs again
-///        for the result and the rows' statistics, which nobody keeps. Working memory: the result,
-///        three numbers a token and head, and the gradients before they are added.
+///        for the result and the rows' statistics. Working memory: these too.
 template <Floating T>
 void apply_mixer_vjp(const cuda::context& ctx, alg::tiled, const softmax_mixer<T, cuda>& m,
                      const tensor<T, 4, cuda>& x, const tensor<T, 4, cuda>& dy,
@@ -70,19 +115,10 @@ void apply_mixer_vjp(const cuda::context& ctx, alg::tiled, const softmax_mixer<T
   const index_t heads = dy.extent(2);
   const detail::cuda_attention<T> call(ctx, m, x, heads);
   const tensor<T, 3, cuda> d_out = detail::input_tokens(dy);
-  const tensor<T, 3, cuda> y(d_out.extents());
-  const tensor<accum_t<T>, 2, cuda> log_sum(heads, d_out.extent(0));
-  kernels::cuda::attention_forward<T>(ctx.stream(), call.p, y.view(), log_sum.view());
-
-  const detail::added_gradient<T, 4> dq(dm.logits.q), dk(dm.logits.k), dv(dx);
-  const detail::cuda_workspace workspace(
-      ctx, kernels::cuda::attention_backward_workspace_bytes<T>(call.p));
-  kernels::cuda::attention_backward<T>(ctx.stream(), call.p, y.const_view(), log_sum.const_view(),
-                                       d_out.const_view(), dq.tokens(), dk.tokens(), dv.tokens(),
-                                       workspace.data());
-  dq.finish();
-  dk.finish();
-  dv.finish();
+  const detail::saved_attention<T> saved{tensor<T, 3, cuda>(d_out.extents()),
+                                         tensor<accum_t<T>, 2, cuda>(heads, d_out.extent(0))};
+  kernels::cuda::attention_forward<T>(ctx.stream(), call.p, saved.y.view(), saved.log_sum.view());
+  detail::run_attention_backward(ctx, call, saved, d_out, dm, dx);
 }
 
 }  // namespace ssm

@@ -2,14 +2,13 @@
 
 #include <ssmlib/kernels/cuda/conv1d.hpp>
 #include <ssmlib/kernels/cuda/conv1d_step.hpp>
-#include <ssmlib/lower/cuda/elements.hpp>
+#include <ssmlib/lower/cuda/gradients.hpp>
 #include <ssmlib/lower/cuda/layout.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/nn/conv1d.hpp>
 
 #include <algorithm>
 #include <span>
-#include <type_traits>
 
 namespace ssm {
 
@@ -61,15 +60,15 @@ void apply_conv1d_vjp(const cuda::context& ctx, const conv1d_operands<T, cuda>& 
   const bool sums = d_weight || d_bias;
   const detail::cuda_workspace workspace(
       ctx, sums ? kernels::cuda::conv1d_backward_workspace_bytes<T>(call.problem) : 0);
-  // The kernel's sums are dense; the weight may be a part of a larger tensor.
-  const bool strided = d_weight && !d_weight.is_contiguous();
-  tensor<accum_t<T>, 2, cuda> dense = d_weight;
-  if (strided) dense = tensor<accum_t<T>, 2, cuda>::zeros(d_weight.extents());
+  const bool add = detail::must_add(dx, d_initial);
+  const detail::added_gradient<accum_t<T>, 2> weight(d_weight, add);
+  const detail::added_gradient<accum_t<T>, 1> bias(d_bias, add);
   kernels::cuda::conv1d_backward<T>(
       ctx.stream(), call.problem, dy.const_view(), {},
-      {dx.view(), dense.data(), d_bias.data(), detail::rows_or_absent(d_initial), true},
+      {dx.view(), weight.get().data(), bias.get().data(), detail::rows_or_absent(d_initial), add},
       workspace.data());
-  if (strided) detail::add_to(d_weight, dense);
+  weight.finish();
+  bias.finish();
 }
 
 template <Floating T>
@@ -104,12 +103,9 @@ void apply_conv1d_step(const cuda::context& ctx, const conv1d_operands<T, cuda>&
   std::copy(position.begin(), position.end(), positions.data());
   const auto at = detail::on_backend<cuda>(positions);
   kernels::cuda::conv1d_step_problem<T> problem;
-  using parameter = std::remove_cvref_t<decltype(*problem.bias)>;
-  const auto weight = detail::as_type<parameter>(ctx, o.weight);
-  const auto bias = detail::as_type<parameter>(ctx, o.bias);
   problem.x = o.x.const_view();
-  problem.weight = weight.const_view();
-  problem.bias = bias.data();
+  problem.weight = o.weight.const_view();
+  problem.bias = o.bias.data();
   problem.activation = detail::cuda_activation(o.activation);
   problem.ring = ring.view();
   problem.position = at.data();

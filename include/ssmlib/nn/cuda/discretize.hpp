@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ssmlib/kernels/cuda/discretize.hpp>
+#include <ssmlib/lower/cuda/gradients.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/nn/discretize.hpp>
 
@@ -41,9 +42,13 @@ void apply_discretize_vjp(const cuda::context& ctx, const tensor<T, 2, cuda>& dt
   const bool sums = d_a || d_bias;
   const detail::cuda_workspace workspace(
       ctx, sums ? kernels::cuda::discretize_vjp_workspace_bytes<T>(problem) : 0);
+  const bool add = detail::must_add(d_dt);
+  const detail::added_gradient<accum_t<T>, 1> sum_a(d_a, add), sum_bias(d_bias, add);
   kernels::cuda::discretize_vjp<T>(
       ctx.stream(), problem, d_delta.const_view(), d_log_a.const_view(),
-      {d_dt.view(), d_a.data(), d_bias.data(), true}, workspace.data());
+      {d_dt.view(), sum_a.get().data(), sum_bias.get().data(), add}, workspace.data());
+  sum_a.finish();
+  sum_bias.finish();
 }
 
 }  // namespace ssm

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ssmlib/kernels/cuda/embedding.hpp>
+#include <ssmlib/lower/cuda/gradients.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/nn/embedding.hpp>
 
@@ -33,7 +34,8 @@ void apply_embedding_vjp(const cuda::context& ctx, const tensor<std::int32_t, 2>
   const kernels::cuda::embedding_vjp_problem<T> problem{there.data(), dy.const_view()};
   const detail::cuda_workspace workspace(
       ctx, kernels::cuda::embedding_vjp_workspace_bytes<T>(problem, d_table.extent(0)));
-  kernels::cuda::embedding_vjp<T>(ctx.stream(), problem, d_table.view(), true, workspace.data());
+  const bool add = !detail::overwrites(d_table);
+  kernels::cuda::embedding_vjp<T>(ctx.stream(), problem, d_table.view(), add, workspace.data());
 }
 
 }  // namespace ssm

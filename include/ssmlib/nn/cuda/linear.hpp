@@ -4,6 +4,7 @@
 #include <ssmlib/kernels/cuda/skinny.hpp>
 #include <ssmlib/lower/cuda/elements.hpp>
 #include <ssmlib/lower/cuda/elementwise.hpp>
+#include <ssmlib/lower/cuda/gradients.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/nn/linear.hpp>
 
@@ -73,11 +74,13 @@ void apply_linear_vjp(const cuda::context& ctx, const tensor<T, 2, cuda>& x,
   if (dy.size() == 0) return;
   const cuda::scope scope(ctx);
   if (dx) {
-    detail::multiply<T, T>(ctx, dy.const_view(), weight.const_view(), 1.0, dx.view());
+    const double beta = detail::overwrites(dx) ? 0.0 : 1.0;
+    detail::multiply<T, T>(ctx, dy.const_view(), weight.const_view(), beta, dx.view());
   }
   if (d_weight) {
+    const double beta = detail::overwrites(d_weight) ? 0.0 : 1.0;
     detail::multiply<accum_t<T>, T>(ctx, kernels::cuda::exchanged(dy.const_view()), x.const_view(),
-                                    1.0, d_weight.view());
+                                    beta, d_weight.view());
   }
   if (d_bias) {  // as the gradient of what is repeated over all rows; the values are not read
     const auto sum = dy + d_bias;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ssmlib/kernels/cuda/norm.hpp>
+#include <ssmlib/lower/cuda/gradients.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/nn/norm.hpp>
 
@@ -42,9 +43,12 @@ void apply_rms_norm_vjp(const cuda::context& ctx, gate_order order, const tensor
   const auto problem = detail::rms_norm_problem(x, gate, weight, groups);
   const detail::cuda_workspace workspace(
       ctx, d_weight ? kernels::cuda::rms_norm_vjp_workspace_bytes<T>(problem) : 0);
+  const bool add = detail::must_add(dx, d_gate);
+  const detail::added_gradient<accum_t<T>, 1> sum(d_weight, add);
   kernels::cuda::rms_norm_vjp<T>(ctx.stream(), detail::cuda_gate_order(order), problem,
-                                 dy.const_view(), {dx.view(), d_gate.view(), d_weight.data(), true},
+                                 dy.const_view(), {dx.view(), d_gate.view(), sum.get().data(), add},
                                  workspace.data());
+  sum.finish();
 }
 
 template <Floating T>
@@ -69,9 +73,13 @@ void apply_layer_norm_vjp(const cuda::context& ctx, const tensor<T, 2, cuda>& x,
   const bool sums = d_weight || d_bias;
   const detail::cuda_workspace workspace(
       ctx, sums ? kernels::cuda::layer_norm_vjp_workspace_bytes<T>(problem) : 0);
+  const bool add = detail::must_add(dx);
+  const detail::added_gradient<accum_t<T>, 1> weight_sum(d_weight, add), bias_sum(d_bias, add);
   kernels::cuda::layer_norm_vjp<T>(ctx.stream(), problem, dy.const_view(),
-                                   {dx.view(), d_weight.data(), d_bias.data(), true},
+                                   {dx.view(), weight_sum.get().data(), bias_sum.get().data(), add},
                                    workspace.data());
+  weight_sum.finish();
+  bias_sum.finish();
 }
 
 }  // namespace ssm

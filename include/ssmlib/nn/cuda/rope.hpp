@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ssmlib/kernels/cuda/rope.hpp>
+#include <ssmlib/lower/cuda/gradients.hpp>
 #include <ssmlib/lower/cuda/layout.hpp>
 #include <ssmlib/nn/rope.hpp>
 
@@ -47,7 +48,8 @@ void apply_rope_vjp(const cuda::context& ctx, bool interleaved,
                     const tensor<accum_t<T>, 3, cuda>& table, const tensor<T, 3, cuda>& dy,
                     const tensor<T, 3, cuda>& dx) {
   if (dy.size() == 0 || !dx) return;
-  kernels::cuda::rope_rotate<T>(ctx.stream(), {table.const_view(), interleaved, true, true},
+  const bool add = !detail::overwrites(dx);
+  kernels::cuda::rope_rotate<T>(ctx.stream(), {table.const_view(), interleaved, true, add},
                                 dy.const_view(), dx.view());
 }
 

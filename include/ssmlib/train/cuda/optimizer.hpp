@@ -28,9 +28,7 @@ class device_table {
     std::vector<std::byte> both(size_of(tensors));
     std::memcpy(both.data(), tensors.data(), tensor_bytes);
     std::memcpy(both.data() + tensor_bytes, first.data(), both.size() - tensor_bytes);
-    // From pageable memory the call has taken what it needs when it returns.
-    SSMLIB_CHECK_CUDA(cudaMemcpyAsync(bytes_.data(), both.data(), both.size(),
-                                      cudaMemcpyHostToDevice, ctx.stream()));
+    ctx.copy(bytes_.data(), both.data(), both.size(), cudaMemcpyHostToDevice);
     auto* begin = static_cast<std::byte*>(bytes_.data());
     table_ = {reinterpret_cast<const Entry*>(begin),
               reinterpret_cast<const index_t*>(begin + tensor_bytes),
@@ -56,8 +54,8 @@ void apply_adamw(const cuda::context& ctx, const kernels::adamw_step<R>& step,
                  const std::vector<adamw_values<R, cuda>>& list) {
   std::vector<kernels::cuda::adamw_tensor<R>> tensors;
   for (const adamw_values<R, cuda>& v : list) {
-    tensors.push_back({v.gradient.data(), v.first.data(), v.second.data(), v.value.data(), nullptr,
-                       v.value.size(), v.decays});
+    tensors.push_back({v.gradient.data(), v.first.data(), v.second.data(), v.value.data(),
+                       v.copy.data(), v.value.size(), v.decays});
   }
   const detail::device_table table(ctx, tensors);
   if (table.get().pieces == 0) return;
