@@ -6,7 +6,9 @@
 #include <ssmlib/train/token_loss.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 namespace ssm {
@@ -126,6 +128,23 @@ struct target_scores {
     });
   }
 
+  /// The same, and adds the gradients of the sum over tokens of weights(t) log_probability(t) while
+  /// the logits are there.
+  void evaluate_with_gradients(const typename B::context& ctx, tape<T, B>& tape,
+                               const token_weights<accum_t<T>, B>& weights) const {
+    const output_tokens<T, 3, B> dx(tape.gradient(hidden));
+    for_each_block(
+        ctx, [&](index_t begin, index_t end, const tensor<T, 2, B>& logits, const auto& tile) {
+          const auto ids = targets.ids.slice(0, begin, end);
+          apply_log_probability(ctx, logits, ids, targets.ignored,
+                                log_probability.slice(0, begin, end), log_sum.slice(0, begin, end));
+          apply_log_probability_vjp(ctx, logits, ids, targets.ignored, log_sum.slice(0, begin, end),
+                                    weights.between(begin, end), logits, false);
+          tile.add_gradients(ctx, tape, dx.get());
+        });
+    dx.finish();
+  }
+
   /// Adds the gradients of the sum over tokens of weights(t) log_probability(t).
   void add_gradients(const typename B::context& ctx, tape<T, B>& tape,
                      const token_weights<accum_t<T>, B>& weights) const {
@@ -165,6 +184,24 @@ struct target_scores {
   }
 };
 
+/// Evaluates the scores, and the gradients of factor / divisor times their sum: on a tape of their
+/// own, for what p.tape wants.
+template <Floating T, Backend B>
+[[nodiscard]] std::shared_ptr<tape<T, B>> gradients_ahead(const pass<T, B>& p,
+                                                          const target_scores<T, B>& scores,
+                                                          double factor, double divisor) {
+  const auto made = std::make_shared<tape<T, B>>();
+  const auto watch = [&](const auto& x) {
+    if (p.tape->wants(x)) made->watch(x);
+  };
+  watch(scores.hidden);
+  watch(scores.head.weight);
+  watch(scores.head.bias);
+  const auto one = tensor<accum_t<T>, 1, B>::full({1}, accum_t<T>(1));
+  scores.evaluate_with_gradients(p.ctx, *made, {one, factor, divisor});
+  return made;
+}
+
 /// What the sum over `counted` tokens is divided by.
 [[nodiscard]] inline double token_divisor(double divide_by, index_t counted) {
   return divide_by != 0 ? divide_by : static_cast<double>(std::max<index_t>(1, counted));
@@ -182,7 +219,9 @@ struct target_scores {
 /// @return         the loss, the undivided sum and the counted tokens; 0 where no token counts
 /// @throws shape_error  the sizes do not fit. @throws value_error  a target outside the vocabulary.
 /// @cost   2 tokens d V flops, three times that backward, which computes the logits again;
-///         memory: one block of logits and two numbers a token.
+///         memory: one block of logits and two numbers a token. On CUDA, where products with the
+///         head are most of a small model's time, the gradients are made while the logits are
+///         there, and kept until the backward pass scales them: 6 tokens d V flops in all.
 template <Floating T, Backend B>
 [[nodiscard]] token_loss<T, B> lm_cross_entropy(const pass<T, B>& p, const tensor<T, 3, B>& hidden,
                                                 const std::type_identity_t<linear<T, B>>& head,
@@ -191,12 +230,30 @@ template <Floating T, Backend B>
   const typename B::scope scope(p.ctx);
   const detail::target_scores<T, B> scores("lm_cross_entropy", p, hidden, head, targets,
                                            o.ignore_index, o.block_tokens);
-  scores.evaluate(p.ctx);
   const index_t counted = scores.targets.counted;
   const double divisor = detail::token_divisor(o.divide_by, counted);
-  const auto r =
-      detail::make_token_loss<T, B>(p.ctx, scores.log_probability, -1, 1, divisor, counted);
-  if (!detail::wants_any(p.tape, hidden, head) || counted == 0) return r;
+  const bool wanted = detail::wants_any(p.tape, hidden, head) && counted != 0;
+  const auto loss = [&] {
+    return detail::make_token_loss<T, B>(p.ctx, scores.log_probability, -1, 1, divisor, counted);
+  };
+  if constexpr (!std::same_as<B, cpu>) {
+    if (wanted) {
+      const auto made = detail::gradients_ahead(p, scores, -1.0, divisor);
+      const auto r = loss();
+      p.tape->record(r.loss, [=, loss = r.loss, &ctx = p.ctx, t = p.tape] {
+        const auto add = [&, g = t->gradient(loss)](const auto& x) {
+          apply_scaled_gradient(ctx, made->gradient(x), g, t->gradient(x));
+        };
+        add(hidden);
+        add(head.weight);
+        add(head.bias);
+      });
+      return r;
+    }
+  }
+  scores.evaluate(p.ctx);
+  const auto r = loss();
+  if (!wanted) return r;
   p.tape->record(r.loss, [=, loss = r.loss, &ctx = p.ctx, t = p.tape] {
     scores.add_gradients(ctx, *t, {t->gradient(loss), -1.0, divisor});
   });

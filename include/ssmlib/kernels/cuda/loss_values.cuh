@@ -1,10 +1,12 @@
 #pragma once
 
 #include <ssmlib/base/compiled.hpp>
+#include <ssmlib/kernels/cuda/activation.cuh>
 #include <ssmlib/kernels/cuda/launch.cuh>
 #include <ssmlib/kernels/cuda/loss_values.hpp>
 
 #include <algorithm>
+#include <cstdint>
 
 namespace ssm::kernels::cuda {
 
@@ -35,6 +37,25 @@ template <class R>
 __global__ void __launch_bounds__(value_threads)
     gather_values_kernel(index_t n, const R* from, const std::int32_t* index, R* to) {
   for_values(n, [&](index_t i) { to[i] = from[index[i]]; });
+}
+
+template <class T>
+__global__ void __launch_bounds__(value_threads)
+    scale_gradient_kernel(index_t n, const T* from, const accum_t<T>* factor, T* to, bool add,
+                          bool aligned) {
+  constexpr int vector = 16 / sizeof(T);
+  const accum_t<T> g = *factor;
+  for_values((n + vector - 1) / vector, [&](index_t i) {
+    const index_t first = i * vector;
+    const int valid = static_cast<int>(min(index_t{vector}, n - first));
+    const auto x = load_numbers<vector>(from + first, valid, aligned);
+    numbers<T, vector> y{};
+    if (add) y = load_numbers<vector>(to + first, valid, aligned);
+#pragma unroll
+    for (int e = 0; e < vector; ++e)
+      y.v[e] = narrow<T>(add ? fma(g, widen(x.v[e]), widen(y.v[e])) : g * widen(x.v[e]));
+    store_numbers(to + first, y, valid, aligned);
+  });
 }
 
 /// What a kernel takes of four scores or of their gradients: std::array is for the host.
@@ -126,6 +147,26 @@ void preference_vjp(cudaStream_t stream, index_t pairs, double beta, const doubl
           pairs, beta, margins, d_loss, detail::views_of(d_scores));
   SSMLIB_CHECK_CUDA(cudaGetLastError());
 }
+
+template <Floating T>
+void scale_gradient(cudaStream_t stream, index_t n, const T* from, const accum_t<T>* factor, T* to,
+                    bool add) {
+  if (n == 0) return;
+  constexpr index_t vector = 16 / sizeof(T);
+  const bool aligned = reinterpret_cast<std::uintptr_t>(from) % 16 == 0 &&
+                       reinterpret_cast<std::uintptr_t>(to) % 16 == 0;
+  detail::scale_gradient_kernel<T>
+      <<<detail::value_blocks((n + vector - 1) / vector), detail::value_threads, 0, stream>>>(
+          n, from, factor, to, add, aligned);
+  SSMLIB_CHECK_CUDA(cudaGetLastError());
+}
+SSMLIB_INSTANTIATE(cuda_loss_values, void scale_gradient<bf16>(cudaStream_t, index_t, const bf16*,
+                                                               const float*, bf16*, bool));
+SSMLIB_INSTANTIATE(cuda_loss_values, void scale_gradient<float>(cudaStream_t, index_t, const float*,
+                                                                const float*, float*, bool));
+SSMLIB_INSTANTIATE(cuda_loss_values,
+                   void scale_gradient<double>(cudaStream_t, index_t, const double*, const double*,
+                                               double*, bool));
 
 #define SSMLIB_DETAIL_LIST(R)                                                                      \
   SSMLIB_INSTANTIATE(cuda_loss_values, void scale_values<R>(cudaStream_t, index_t, const double*,  \

@@ -23,6 +23,12 @@ void scale_values(cudaStream_t stream, index_t n, const double* from, double fac
 template <Real R>
 void gather_values(cudaStream_t stream, index_t n, const R* from, const std::int32_t* index, R* to);
 
+/// to[i] = factor[0] from[i], or with `add` += that, for i in [0, n); the factor is on the device.
+/// @cost  16 bytes at a time where the addresses allow it.
+template <Floating T>
+void scale_gradient(cudaStream_t stream, index_t n, const T* from, const accum_t<T>* factor, T* to,
+                    bool add);
+
 /// Log probabilities of pairs of answers: of the chosen and rejected by the policy, then by the
 /// reference.
 template <Real R>

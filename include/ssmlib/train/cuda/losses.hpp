@@ -2,6 +2,7 @@
 
 #include <ssmlib/kernels/cuda/cross_entropy.hpp>
 #include <ssmlib/kernels/cuda/loss_values.hpp>
+#include <ssmlib/lower/cuda/gradients.hpp>
 #include <ssmlib/lower/cuda/layout.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/train/losses.hpp>
@@ -114,6 +115,21 @@ template <Real R>
 void apply_spread(const cuda::context& ctx, const tensor<R, 1, cuda>& from,
                   const tensor<std::int32_t, 1, cuda>& index, const tensor<R, 1, cuda>& to) {
   kernels::cuda::gather_values<R>(ctx.stream(), to.size(), from.data(), index.data(), to.data());
+}
+
+/// to += factor(0) from.
+template <Floating T, int R>
+void apply_scaled_gradient(const cuda::context& ctx, const tensor<T, R, cuda>& from,
+                           const tensor<accum_t<T>, 1, cuda>& factor,
+                           const tensor<T, R, cuda>& to) {
+  if (to.size() == 0) return;
+  const tensor<T, R, cuda> values = from.contiguous();
+  const bool dense = to.is_contiguous();
+  const tensor<T, R, cuda> target = dense ? to : tensor<T, R, cuda>(to.extents());
+  const bool add = dense && !detail::overwrites(to);
+  kernels::cuda::scale_gradient<T>(ctx.stream(), to.size(), values.data(), factor.data(),
+                                   target.data(), add);
+  if (!dense) detail::add_to(to, target);
 }
 
 template <Real R>
