@@ -2,7 +2,7 @@
 
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/base/error.hpp>
-#include <ssmlib/kernels/cuda/ssd_step_fast.cuh>
+#include <ssmlib/kernels/cuda/ssd_step_stream.cuh>
 
 #include <cstdint>
 #include <limits>
@@ -118,7 +118,8 @@ template <class T, class S>
   return aligned;
 }
 
-/// One token takes as many heads a block as still fill the card; several take one.
+/// One token of many sequences streams the states; of fewer, a block takes as many heads as still
+/// fill the card. Several tokens take a block a head.
 template <class T, class S, int P, int N>
 void launch_step(cudaStream_t stream, const step_arguments<T, S>& a, index_t heads) {
   constexpr int threads = P * N / (8 * step_keys), most = sizeof(S) == 2 ? 4 : 2;
@@ -126,6 +127,7 @@ void launch_step(cudaStream_t stream, const step_arguments<T, S>& a, index_t hea
     launch_overlapped(stream, step_kernel<T, S, P, N>, heads, threads, 0, 1, a);
     return;
   }
+  if (launch_state_stream<T, S, P, N>(stream, a, heads)) return;
   const auto launch = [&](auto count, int wanted) {
     constexpr int Heads = decltype(count)::value;
     if constexpr (Heads * P > threads || Heads > most) {

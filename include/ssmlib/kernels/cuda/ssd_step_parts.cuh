@@ -92,6 +92,17 @@ struct step_place {
     history = static_cast<int>(min(position, index_t{1} << 20));
     slot = static_cast<int>(position % a.ring_rows);
   }
+  /// The one new token of a sequence whose history and slot are known.
+  SSMLIB_DEVICE step_place(const step_arguments<T, S>& arguments, int its_sequence, int its_head,
+                           int its_history, int its_slot)
+      : a(arguments),
+        sequence(its_sequence),
+        head(its_head),
+        group(group_of_head(its_head)),
+        history(its_history),
+        slot(its_slot),
+        row(its_sequence),
+        count(1) {}
   [[nodiscard]] SSMLIB_DEVICE int group_of_head(int h) const {
     return a.groups == 1 ? 0 : static_cast<int>(index_t{h} * a.groups / a.heads);
   }
