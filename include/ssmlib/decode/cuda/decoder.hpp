@@ -4,6 +4,7 @@
 #include <ssmlib/decode/generate.hpp>
 #include <ssmlib/kernels/cuda/sample.hpp>
 #include <ssmlib/lower/cuda/layout.hpp>
+#include <ssmlib/nn/cuda/linear.hpp>
 
 #include <algorithm>
 #include <array>
@@ -221,9 +222,10 @@ class decoder {
     auto copy = std::make_shared<detail::cuda_layout_copy>();
     copy->positions = position_;
     return steps_
-        .emplace(n, recorded_step{cuda_graph(ctx_),
-                                  sequence_layout::rectangular(sequences(), n).with_copy(copy),
-                                  {}})
+        .emplace(n,
+                 recorded_step{
+                     cuda_graph(ctx_), sequence_layout::rectangular(sequences(), n).with_copy(copy),
+                     tensor<value_type, 3, cuda>(sequences(), n, model_.head().out_features())})
         .first->second;
   }
   result run(index_t n) {
@@ -231,9 +233,11 @@ class decoder {
     place();
     recorded_step& s = step_of(n);
     const auto queue = [&] {
-      s.logits = {};
-      const auto hidden = model_.advance(pass(), state_, tokens(n), s.layout);
-      s.logits = model_.head()(pass(), hidden);
+      const auto p = pass();
+      const auto hidden = model_.advance(p, state_, tokens(n), s.layout);
+      const linear<value_type, cuda>& head = model_.head();
+      apply_linear(ctx_, p.fixed_order, detail::input_tokens(hidden),
+                   detail::weight_of(p, head.weight), head.bias, detail::input_tokens(s.logits));
       kernels::cuda::count_tokens(ctx_.stream(), position_.data(), sequences(), n,
                                   row_sequence_.data(), row_position_.data());
       sample(s.logits, row_sequence_.data());

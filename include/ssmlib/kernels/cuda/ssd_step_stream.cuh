@@ -146,8 +146,7 @@ class state_stream_block {
 #pragma unroll
       for (int j = 0; j < step_width; ++j) {
         const int back = step_width - 1 - j;
-        taps_[i][j] =
-            back < a_.width ? a_.taps[index_t{a_.width - 1 - back} * a_.channels + c] : 0.0f;
+        taps_[i][j] = back < a_.width ? a_.tap(a_.width - 1 - back, c) : 0.0f;
         if (back > 0) past_[i][j] = back < a_.width ? at.input(-back, c) : T();
       }
     }
@@ -168,7 +167,7 @@ class state_stream_block {
       const int head = at.head + own - (threads - 32);
       dt_ = a_.dt[at.row * a_.dt_step + head];
       dt_bias_ = a_.dt_bias != nullptr ? a_.dt_bias[head] : 0.0f;
-      rate_ = a_.a[head];
+      rate_ = a_.rate(head);
     }
   }
   /// The channel of xbc that is this thread's i-th of a group, or -1.
