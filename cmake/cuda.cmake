@@ -55,7 +55,7 @@ function(ssmlib_add_cuda_compiled)
   endforeach()
   list(REMOVE_DUPLICATES families)
   # What is no template: the backend itself.
-  string(PREPEND includes_cuda_elements "#include <ssmlib/backend/cuda_impl.hpp>\n"
+  string(PREPEND includes_cuda_elements "#include <ssmlib/backend/cuda_dry_run_impl.hpp>\n"
                                         "#include <ssmlib/kernels/cuda/gemm_impl.hpp>\n")
   set(sources)
   foreach(family IN LISTS families)

@@ -6,6 +6,8 @@
 /// kernels by their own names. These headers are plain C++: link ssmlib::cuda_compiled, or include
 /// the .cuh files beside kernels/cuda/*.hpp where nvcc compiles the whole program.
 
+#include <ssmlib/backend/cuda_graph.hpp>
+#include <ssmlib/decode/cuda/decoder.hpp>
 #include <ssmlib/distill/cuda/hidden_state_alignment.hpp>
 #include <ssmlib/distill/cuda/matrix_orientation.hpp>
 #include <ssmlib/kernels/cuda/attention.hpp>
@@ -29,6 +31,7 @@
 #include <ssmlib/kernels/cuda/optimizer.hpp>
 #include <ssmlib/kernels/cuda/quadratic.hpp>
 #include <ssmlib/kernels/cuda/recurrence.hpp>
+#include <ssmlib/kernels/cuda/reduce.hpp>
 #include <ssmlib/kernels/cuda/rope.hpp>
 #include <ssmlib/kernels/cuda/sample.hpp>
 #include <ssmlib/kernels/cuda/selective.hpp>
@@ -46,12 +49,14 @@
 #include <ssmlib/lower/cuda/gated_linear.hpp>
 #include <ssmlib/lower/cuda/gradients.hpp>
 #include <ssmlib/lower/cuda/gram.hpp>
+#include <ssmlib/lower/cuda/host_reference.hpp>
 #include <ssmlib/lower/cuda/kv_state.hpp>
 #include <ssmlib/lower/cuda/layout.hpp>
 #include <ssmlib/lower/cuda/matmul.hpp>
 #include <ssmlib/lower/cuda/positions.hpp>
 #include <ssmlib/lower/cuda/quadratic.hpp>
 #include <ssmlib/lower/cuda/recurrence.hpp>
+#include <ssmlib/lower/cuda/reductions.hpp>
 #include <ssmlib/lower/cuda/selective.hpp>
 #include <ssmlib/lower/cuda/semiseparable.hpp>
 #include <ssmlib/lower/cuda/softmax.hpp>
@@ -59,11 +64,13 @@
 #include <ssmlib/lower/cuda/user_mask.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/lower/cuda/wrappers.hpp>
+#include <ssmlib/mixer/cuda/mamba2_step.hpp>
 #include <ssmlib/mixer/cuda/matrix_panels.hpp>
 #include <ssmlib/mixer/cuda/panels.hpp>
 #include <ssmlib/mixer/cuda/product_panels.hpp>
 #include <ssmlib/mixer/cuda/semiseparable_panels.hpp>
 #include <ssmlib/mixer/cuda/softmax_panels.hpp>
+#include <ssmlib/model/cuda/plan.hpp>
 #include <ssmlib/nn/cuda/conv1d.hpp>
 #include <ssmlib/nn/cuda/discretize.hpp>
 #include <ssmlib/nn/cuda/embedding.hpp>
@@ -75,3 +82,4 @@
 #include <ssmlib/tensor/transfer.hpp>
 #include <ssmlib/train/cuda/losses.hpp>
 #include <ssmlib/train/cuda/optimizer.hpp>
+#include <ssmlib/train/cuda/plan.hpp>

@@ -25,4 +25,16 @@ concept Backend = std::is_empty_v<B> && requires {
 template <Backend B>
 [[nodiscard]] typename B::context& default_context();
 
+namespace detail {
+/// The context that is current, or the default one where a backend has no such thing.
+template <Backend B>
+[[nodiscard]] decltype(auto) current_context() {
+  if constexpr (std::same_as<decltype(B::current()), typename B::context>) {
+    return B::current();
+  } else {
+    return (default_context<B>());
+  }
+}
+}  // namespace detail
+
 }  // namespace ssm

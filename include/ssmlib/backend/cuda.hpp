@@ -20,6 +20,22 @@ class cuda_allocator;
 namespace detail {
 struct cuda_state;
 
+/// What this thread allocates in such a scope is working memory of kernels, which plans of memory
+/// count apart.
+class workspace_scope {
+ public:
+  workspace_scope() : before_(std::exchange(active_, true)) {}
+  ~workspace_scope() { active_ = before_; }
+  workspace_scope(const workspace_scope&) = delete;
+  workspace_scope& operator=(const workspace_scope&) = delete;
+
+  [[nodiscard]] static bool is_active() { return active_; }
+
+ private:
+  inline static thread_local bool active_ = false;
+  bool before_;
+};
+
 /// A block of device memory.
 struct cuda_block : memory_block {
   std::shared_ptr<cuda_state> owner;
@@ -27,6 +43,8 @@ struct cuda_block : memory_block {
   std::unique_ptr<unwritten_memory> unwritten;  ///< while it stands for zeros, else null
 };
 }  // namespace detail
+
+class cuda_dry_run;
 
 /// Where tensors of the CUDA backend get their bytes: the pool of the calling thread's current
 /// context, in the order of its stream.
@@ -48,6 +66,8 @@ class cuda_allocator {
   [[nodiscard]] virtual void* allocate(std::size_t bytes) = 0;
   /// Takes a block back, to be used again after the work that the context has been given so far.
   virtual void release(void* data, std::size_t bytes) noexcept = 0;
+  /// Told of every copy between host and device: work that has one cannot be recorded.
+  virtual void note_host_copy() {}
 };
 
 /// The CUDA backend.
@@ -81,11 +101,26 @@ struct cuda {
     void trim() const;
     /// What the context's memory comes from.
     [[nodiscard]] cudaMemPool_t pool() const;
+    /// Memory of the pool itself, for what stands in for it; give it back with cudaFreeAsync.
+    /// @throws backend_error  out of memory.
+    [[nodiscard]] void* allocate_from_pool(std::size_t bytes) const;
 
     /// From now on new blocks come from `allocator`, or from the pool again where it is null. A
     /// block goes back to what it came from and keeps that alive.
     void set_allocator(std::shared_ptr<cuda_allocator> allocator) const;
     [[nodiscard]] const std::shared_ptr<cuda_allocator>& allocator() const;
+    /// For whoever copies between host and device on the context's stream by other means.
+    void note_host_copy() const;
+    /// Numbers of the host on the device, copied when they are first asked for and kept as long as
+    /// the context: the constants of a layer.
+    [[nodiscard]] const double* constants(const double* numbers, std::size_t n) const;
+
+    /// Queues a copy of bytes to the host, or on the device. What comes from the host goes through
+    /// tensors (detail::elements<cuda>::write), which may be changed as soon as that returns.
+    void copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) const;
+    /// Whether this is the context of a cuda_dry_run: nothing runs on it, and its memory cannot be
+    /// read.
+    [[nodiscard]] bool is_dry_run() const;
 
     /// Lets products of float matrices round their factors to TF32 (10 bits of mantissa). Off at
     /// first: float products have the bits of float.
@@ -100,6 +135,7 @@ struct cuda {
    private:
     friend struct cuda_memory;
     friend struct cuda;
+    friend class ssm::cuda_dry_run;
     explicit context(std::shared_ptr<detail::cuda_state> state) : state_(std::move(state)) {}
 
     std::shared_ptr<detail::cuda_state> state_;

@@ -166,7 +166,9 @@ struct decay_mask {
   [[nodiscard]] tensor<double, 4> dense() const { return detail::dense_columns(*this); }
 };
 
-/// The decay mask of retention. @param gamma  (H), in (0, 1].
+/// The decay mask of retention. @param gamma  (H), in (0, 1]: the CPU refuses others when it
+/// multiplies; on CUDA numbers are not looked at, and one below 0 gives NaN, or its powers by
+/// alg::recurrent.
 template <Floating T, Backend B>
 [[nodiscard]] decay_mask<T, B> decay(const tensor<T, 1, B>& gamma) {
   return {gamma};

@@ -12,74 +12,65 @@ namespace ssm {
 
 namespace detail {
 
-/// Records `back(dx)` for y = f(x), if x's gradient is wanted.
-template <Real T, int R, int R2, class F>
-void record_unary(tape<T>* t, const tensor<T, R>& x, const tensor<T, R2>& y, F back) {
+/// Records `back(dy, dx)` for y = f(x), if x's gradient is wanted.
+template <Floating T, int R, int R2, Backend B, class F>
+void record_unary(tape<T, B>* t, const tensor<T, R, B>& x, const tensor<T, R2, B>& y, F back) {
   if (t == nullptr || !t->wants(x)) return;
   t->record(y, [t, x, y, back] { back(t->gradient(y), t->gradient(x)); });
 }
 
-template <Real T, int R>
-void add_everywhere(const tensor<T, R>& dx, T d) {
-  dx.zip_with(dx, [d](T& g, const T&) { g += d; });
-}
-
 }  // namespace detail
 
-template <Real T, int R>
-[[nodiscard]] auto sum_rows(const tensor<T, R>& x, tape<T>* t,
-                            const cpu::context& ctx = default_context<cpu>()) {
+template <Floating T, int R, Backend B>
+[[nodiscard]] auto sum_rows(const tensor<T, R, B>& x, tape<T, B>* t,
+                            const typename B::context& ctx = default_context<B>()) {
   auto y = sum_rows(x, ctx);
   detail::record_unary(t, x, y,
                        [&ctx](const auto& dy, const auto& dx) { sum_rows_vjp<T, R>(dy, dx, ctx); });
   return y;
 }
-template <Real T, int R>
-[[nodiscard]] auto mean_rows(const tensor<T, R>& x, tape<T>* t,
-                             const cpu::context& ctx = default_context<cpu>()) {
+template <Floating T, int R, Backend B>
+[[nodiscard]] auto mean_rows(const tensor<T, R, B>& x, tape<T, B>* t,
+                             const typename B::context& ctx = default_context<B>()) {
   auto y = mean_rows(x, ctx);
   detail::record_unary(
       t, x, y, [&ctx](const auto& dy, const auto& dx) { mean_rows_vjp<T, R>(dy, dx, ctx); });
   return y;
 }
-template <Real T, int R>
-[[nodiscard]] auto max_rows(const tensor<T, R>& x, tape<T>* t,
-                            const cpu::context& ctx = default_context<cpu>()) {
+template <Floating T, int R, Backend B>
+[[nodiscard]] auto max_rows(const tensor<T, R, B>& x, tape<T, B>* t,
+                            const typename B::context& ctx = default_context<B>()) {
   auto y = max_rows(x, ctx);
   detail::record_unary(
       t, x, y, [&ctx, x](const auto& dy, const auto& dx) { max_rows_vjp<T, R>(x, dy, dx, ctx); });
   return y;
 }
-template <Real T, int R>
-[[nodiscard]] tensor<T, 1> sum(const tensor<T, R>& x, tape<T>* t,
-                               const cpu::context& ctx = default_context<cpu>()) {
+template <Floating T, int R, Backend B>
+[[nodiscard]] tensor<T, 1, B> sum(const tensor<T, R, B>& x, tape<T, B>* t,
+                                  const typename B::context& ctx = default_context<B>()) {
   auto y = sum(x, ctx);
-  detail::record_unary(t, x, y,
-                       [](const auto& dy, const auto& dx) { detail::add_everywhere(dx, dy(0)); });
+  detail::record_unary(t, x, y, [&ctx](const auto& dy, const auto& dx) { sum_vjp(dy, dx, ctx); });
   return y;
 }
-template <Real T, int R>
-[[nodiscard]] tensor<T, 1> mean(const tensor<T, R>& x, tape<T>* t,
-                                const cpu::context& ctx = default_context<cpu>()) {
+template <Floating T, int R, Backend B>
+[[nodiscard]] tensor<T, 1, B> mean(const tensor<T, R, B>& x, tape<T, B>* t,
+                                   const typename B::context& ctx = default_context<B>()) {
   auto y = mean(x, ctx);
-  detail::record_unary(t, x, y, [](const auto& dy, const auto& dx) {
-    detail::add_everywhere(
-        dx, static_cast<T>(static_cast<double>(dy(0)) / static_cast<double>(dx.size())));
-  });
+  detail::record_unary(t, x, y, [&ctx](const auto& dy, const auto& dx) { mean_vjp(dy, dx, ctx); });
   return y;
 }
-template <Real T, int R>
-[[nodiscard]] tensor<T, R> softmax_rows(const tensor<T, R>& x, tape<T>* t,
-                                        const cpu::context& ctx = default_context<cpu>()) {
+template <Floating T, int R, Backend B>
+[[nodiscard]] tensor<T, R, B> softmax_rows(const tensor<T, R, B>& x, tape<T, B>* t,
+                                           const typename B::context& ctx = default_context<B>()) {
   auto y = softmax_rows(x, ctx);
   detail::record_unary(
       t, x, y, [&ctx, y](const auto& dy, const auto& dx) { softmax_rows_vjp(y, dy, dx, ctx); });
   return y;
 }
-template <Real T, int RA, int RB>
-[[nodiscard]] tensor<T, RA> matmul(const tensor<T, RA>& a, const tensor<T, RB>& b, tape<T>* t,
-                                   matmul_options options = {},
-                                   const cpu::context& ctx = default_context<cpu>()) {
+template <Floating T, int RA, int RB, Backend B>
+[[nodiscard]] tensor<T, RA, B> matmul(const tensor<T, RA, B>& a, const tensor<T, RB, B>& b,
+                                      tape<T, B>* t, matmul_options options = {},
+                                      const typename B::context& ctx = default_context<B>()) {
   auto y = matmul(a, b, options, ctx);
   if (t != nullptr && (t->wants(a) || t->wants(b))) {
     t->record(y, [t, a, b, y, options, &ctx] {

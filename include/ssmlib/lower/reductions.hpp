@@ -184,6 +184,12 @@ template <Real T, int R>
                                const cpu::context& ctx = default_context<cpu>()) {
   return tensor<T, 1>::full({1}, static_cast<T>(detail::sum_of(x, ctx)));
 }
+template <Real T, int R>
+void sum_vjp(const tensor<T, 1>& dy, const tensor<T, R>& dx,
+             const cpu::context& = default_context<cpu>()) {
+  const T d = dy(0);
+  if (dx) dx.zip_with(dx, [d](T& g, const T&) { g += d; });
+}
 /// The mean of all elements. @return (1) @throws shape_error  there are none.
 template <Real T, int R>
 [[nodiscard]] tensor<T, 1> mean(const tensor<T, R>& x,
@@ -193,6 +199,13 @@ template <Real T, int R>
   }
   const double n = static_cast<double>(x.size());
   return tensor<T, 1>::full({1}, static_cast<T>(detail::sum_of(x, ctx) / n));
+}
+template <Real T, int R>
+void mean_vjp(const tensor<T, 1>& dy, const tensor<T, R>& dx,
+              const cpu::context& = default_context<cpu>()) {
+  if (!dx || dx.size() == 0) return;
+  const T d = static_cast<T>(static_cast<double>(dy(0)) / static_cast<double>(dx.size()));
+  dx.zip_with(dx, [d](T& g, const T&) { g += d; });
 }
 /// The largest of all elements; NaN where there is one. @return (1) @throws shape_error  no
 /// element.

@@ -32,6 +32,20 @@ struct mixer_state {
     matrix.rollback(n);  // checks first, so nothing is half undone
     if (conv.channels() > 0) conv.rollback(n);
   }
+  void skip(const sequence_layout& layout) requires requires(Matrix& m) { m.skip(layout); }
+  {
+    matrix.skip(layout);
+    if (conv.channels() > 0) conv.skip(layout);
+  }
+  bool reserve(index_t tokens) {
+    if constexpr (requires {
+                    { matrix.reserve(tokens) } -> std::same_as<bool>;
+                  }) {
+      return matrix.reserve(tokens);
+    } else {
+      return false;
+    }
+  }
   friend bool operator==(const mixer_state&, const mixer_state&) = default;
   /// Whether they fit the same mixers, but for the number of sequences.
   [[nodiscard]] bool same_sizes(const mixer_state& other) const {
@@ -97,7 +111,8 @@ class sequence_mixer {
   /// An empty state. @param max_rollback  the most tokens that rollback() must be able to undo
   [[nodiscard]] auto initial_state(index_t sequences, index_t max_rollback = 0) const {
     const tensor<T, 3, B> nothing(1, 0, self().width());
-    const auto parts = self().project({}, nothing, sequence_layout::from_lengths({0}), nullptr);
+    const auto& ctx = detail::current_context<B>();  // where the state will be
+    const auto parts = self().project({ctx}, nothing, sequence_layout::from_lengths({0}), nullptr);
     auto matrix_part = make_state(parts.product, sequences, max_rollback);
     return mixer_state<T, decltype(matrix_part), B>{
         std::move(matrix_part),

@@ -79,12 +79,17 @@ class philox {
 
 namespace detail {
 
+/// Whether this thread makes tensors for their sizes only: they are filled with zeros then, because
+/// drawing numbers takes longer than all the rest.
+inline thread_local bool only_sizes_matter = false;
+
 /// A new tensor whose element i is f of a generator that has drawn i times `words` before: what one
 /// generator would give one element after the other, by all threads where that pays.
 template <Real T, int R, class F>
 [[nodiscard]] tensor<T, R> random_elements(const shape<R>& extents, std::uint64_t seed,
                                            std::uint64_t words, F f) {
   constexpr index_t large = index_t{1} << 20;  // starting threads is a few percent of this
+  if (only_sizes_matter) return tensor<T, R>::zeros(extents);
   tensor<T, R> t(extents);
   const cpu::context ctx(t.size() < large ? 1 : cpu::context::default_threads());
   ctx.parallel_ranges(t.size(), std::max<index_t>(1, t.size() / large), 1,

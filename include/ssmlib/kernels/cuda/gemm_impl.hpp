@@ -42,7 +42,7 @@ struct cublas_state {
       : stream(ctx.stream()), source(ctx.allocator()) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     SSMLIB_CHECK_CUDA(cudaStreamIsCapturing(stream, &capture));
-    if (capture != cudaStreamCaptureStatusNone) {
+    if (capture != cudaStreamCaptureStatusNone && !ctx.is_dry_run()) {
       throw backend_error(
           "ssm: the context's first matrix product is inside a graph capture, which must not "
           "allocate; call kernels::cuda::prepare_gemm(ctx) or run one step before");
@@ -50,6 +50,7 @@ struct cublas_state {
     SSMLIB_CHECK_CUBLAS(cublasLtCreate(&handle));
     try {
       if (source) {
+        const ssm::detail::workspace_scope scope;
         workspace = source->allocate(workspace_bytes);
       } else {
         ssm::detail::check_cuda(

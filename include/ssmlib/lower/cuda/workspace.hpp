@@ -14,6 +14,7 @@ class cuda_workspace {
   cuda_workspace(const cuda::context& ctx, std::size_t bytes) {
     if (bytes == 0) return;
     const cuda::scope scope(ctx);
+    const workspace_scope counted;
     buffer_ = buffer<cuda>(bytes);
   }
   /// Aligned to 256 bytes, as everything from a pool is.
