@@ -57,12 +57,10 @@ void cuda_delta_rule_vjp(const cuda::context& ctx, const delta_rule_mixer<T, cud
   const head_gradients<accum_t<T>, 3, cuda> d_decay(dm.log_decay, heads), d_beta(dm.beta, heads);
   const tensor<T, 3, cuda> d_out = input_tokens(dy);
   const cuda_workspace workspace(ctx, kernels::cuda::delta_rule_vjp_workspace_bytes<T>(call.p));
-  const bool add =
-      must_add(d_q.get(), d_k.get(), d_v.get(), d_decay.get(), d_beta.get(), c.d_initial);
   kernels::cuda::delta_rule_vjp<T>(
       ctx.stream(), call.p, d_out.const_view(), c.initial.const_view(), c.d_final.const_view(),
       {d_q.get().view(), d_k.get().view(), d_v.get().view(), d_decay.get().view(),
-       d_beta.get().view(), c.d_initial.view(), add},
+       d_beta.get().view(), c.d_initial.view(), true},
       workspace.data());
   d_q.finish();
   d_k.finish();

@@ -53,13 +53,12 @@ void cuda_gated_linear_vjp(const cuda::context& ctx, const gated_linear_mixer<T,
   const cuda_gated_linear<T> call(ctx, m, x, heads);
   const head_gradients<T, 4, cuda> d_q(dm.kernel.q, heads), d_k(dm.kernel.k, heads), d_v(dx, heads);
   const head_gradients<accum_t<T>, 4, cuda> d_gate(dm.log_gate, heads);
-  const bool add = must_add(d_q.get(), d_k.get(), d_gate.get(), d_v.get(), c.d_initial);
   const tensor<T, 3, cuda> d_out = input_tokens(dy);
   const cuda_workspace workspace(ctx, kernels::cuda::gated_linear_vjp_workspace_bytes<T>(call.p));
   kernels::cuda::gated_linear_vjp<T>(ctx.stream(), call.p, d_out.const_view(),
                                      c.initial.const_view(), c.d_final.const_view(),
                                      {d_q.get().view(), d_k.get().view(), d_gate.get().view(),
-                                      d_v.get().view(), c.d_initial.view(), add},
+                                      d_v.get().view(), c.d_initial.view(), true},
                                      workspace.data());
   d_q.finish();
   d_k.finish();

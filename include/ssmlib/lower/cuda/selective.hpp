@@ -90,7 +90,7 @@ class channel_gradient {
     stand_in_ = tensor<T, 3, cuda>::zeros(target.extent(0), target.extent(1), channels);
     rows_ = stand_in_.template reshape<2>(merge_batch(stand_in_.extents()));
   }
-  [[nodiscard]] const tensor<T, 2, cuda>& get() const { return rows_; }
+  [[nodiscard]] view<T, 2> get() const { return rows_.view(); }
   void finish() const {
     if (stand_in_) add_repeated(target_, stand_in_, 2);
   }
@@ -222,17 +222,15 @@ void run_cuda_selective_vjp(const cuda::context& ctx, alg::scan algorithm,
     const tensor<T, 2, cuda> u = channel_rows(repeat_heads(feature_of(x, f), 2, channels));
     const tensor<T, 2, cuda> d_out = channel_rows(feature_of(dy, f));
     const channel_gradient<T> d_u(feature_of(dx, f), channels);
-    const bool add = features > 1 || must_add(d_delta.get(), d_a.get(), d_c.get(), d_b.get(),
-                                              d_u.get(), d_skip.get(), c.d_initial);
     kernels::cuda::selective_gradients<T> g;
-    g.dt = d_delta.get().view();
+    g.dt = d_delta.get();
     g.a = d_a.get().view();
     g.c = d_c.get().view();
     g.b = d_b.get().view();
-    g.u = d_u.get().view();
+    g.u = d_u.get();
     g.skip = d_skip.get().data();
     g.initial = state_feature(c.d_initial, f);
-    g.add = add;
+    g.add = true;
     const auto problem = call.with(u, c.initial, f);
     const cuda_workspace workspace(ctx,
                                    kernels::cuda::selective_backward_workspace_bytes<T>(problem));
