@@ -257,7 +257,9 @@ struct product_arguments {
 };
 
 template <class T, bool Transposed>
-__global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 4 : sizeof(T) == 4 ? 3 : 1)
+__global__ void __launch_bounds__(threads, sizeof(T) == 2   ? 4
+                                           : sizeof(T) == 4 ? 3
+                                                            : 1)
     product_kernel(const __grid_constant__ product_arguments<T> o) {
   using R = accum_t<T>;
   extern __shared__ __align__(16) unsigned char memory[];

@@ -337,7 +337,9 @@ struct ssd_gradient_context {
     for (int i = 0; i < 32; ++i)
       scores[i] *= p.alpha;
   }
-  SSMLIB_DEVICE void finish(int i) const { barrier_arrive_warp(summed(i)); }
+  SSMLIB_DEVICE void finish(int i) const {
+    barrier_arrive_warp(summed(i));
+  }
 };
 
 }  // namespace ssm::kernels::cuda::detail
