@@ -186,17 +186,11 @@ __global__ void norm_sum_kernel(const R* parts, index_t part_count, index_t widt
   to[c] = add ? to[c] + sum : sum;
 }
 
-inline constexpr index_t norm_parts = 1056;  // at most
+inline constexpr index_t norm_parts = 528;  // at most
 
-/// Parts of the rows, for 16 warps a multiprocessor. @param warps  of a part
-[[nodiscard]] inline index_t norm_part_count(index_t rows, index_t groups, index_t warps) {
-  const index_t most = std::min(norm_parts, 2112 / warps);
-  return std::clamp<index_t>(4 * most / std::max<index_t>(groups, 1), 1,
-                             std::max<index_t>(1, std::min(rows, most)));
-}
-/// The most parts of any launch.
-[[nodiscard]] inline index_t norm_part_limit(index_t rows, index_t groups) {
-  return norm_part_count(rows, groups, 1);
+[[nodiscard]] inline index_t norm_part_count(index_t rows, index_t groups) {
+  return std::clamp<index_t>(4 * norm_parts / std::max<index_t>(groups, 1), 1,
+                             std::max<index_t>(1, std::min(rows, norm_parts)));
 }
 
 template <norm_kind Kind, gate_order Order, class T>
@@ -206,7 +200,7 @@ void launch_norm_vjp(cudaStream_t stream, norm_arguments<T> o, accum_t<T>* d_wei
   if (o.width() == 0) return;
   with_norm_team(o, [&]<int Items, bool Held>() {
     const bool together = Held && o.team == 32;
-    o.part_count = norm_part_count(o.rows(), groups, Held && !together ? o.team / 32 : norm_teams);
+    o.part_count = norm_part_count(o.rows(), groups);
     if (d_weight) o.parts = workspace;
     if (d_bias) o.bias_parts = workspace + o.part_count * o.width();
     const index_t parts = o.part_count * groups;
@@ -229,7 +223,7 @@ void launch_norm_vjp(cudaStream_t stream, norm_arguments<T> o, accum_t<T>* d_wei
 template <class T>
 std::size_t rms_norm_vjp_workspace_bytes(const rms_norm_problem<T>& p) {
   const index_t width = p.x.extents[1];
-  return static_cast<std::size_t>(detail::norm_part_limit(p.x.extents[0], width / p.group) *
+  return static_cast<std::size_t>(detail::norm_part_count(p.x.extents[0], width / p.group) *
                                   width) *
          sizeof(accum_t<T>);
 }
@@ -261,7 +255,7 @@ void rms_norm_vjp(cudaStream_t stream, gate_order order, const rms_norm_problem<
 
 template <class T>
 std::size_t layer_norm_vjp_workspace_bytes(const layer_norm_problem<T>& p) {
-  return static_cast<std::size_t>(2 * detail::norm_part_limit(p.x.extents[0], 1) * p.x.extents[1]) *
+  return static_cast<std::size_t>(2 * detail::norm_part_count(p.x.extents[0], 1) * p.x.extents[1]) *
          sizeof(accum_t<T>);
 }
 
