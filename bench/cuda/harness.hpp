@@ -57,6 +57,10 @@ template <int R>
   return ssm::to<ssm::cuda>(ssm::cast<ssm::bf16>(ssm::normal<float, R>(extents, deviation, seed)));
 }
 
+/// The pattern of NVIDIA's 8B hybrid (24 Mamba-2, 4 attention, 28 MLP layers) at width 2048: 1.7e9
+/// parameters without the embedding.
+[[nodiscard]] ssm::model_config hybrid_config();
+
 void add_ssd_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_length_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_attention_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
@@ -64,5 +68,7 @@ void add_selective_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_convolution_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_gated_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 void add_training_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
+void add_decoding_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
+void add_generation_rows(std::vector<row>& rows, const ssm::cuda::context& ctx);
 
 }  // namespace cuda_bench

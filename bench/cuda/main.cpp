@@ -9,10 +9,10 @@
 namespace {
 
 constexpr auto all_rows = {
-    cuda_bench::add_ssd_rows,       cuda_bench::add_attention_rows,
-    cuda_bench::add_selective_rows, cuda_bench::add_convolution_rows,
-    cuda_bench::add_gated_rows,     cuda_bench::add_training_rows,
-    cuda_bench::add_length_rows,
+    cuda_bench::add_ssd_rows,        cuda_bench::add_attention_rows,
+    cuda_bench::add_selective_rows,  cuda_bench::add_convolution_rows,
+    cuda_bench::add_gated_rows,      cuda_bench::add_training_rows,
+    cuda_bench::add_generation_rows, cuda_bench::add_length_rows,
 };
 
 }  // namespace

@@ -6,6 +6,8 @@
 /// kernels by their own names. These headers are plain C++: link ssmlib::cuda_compiled, or include
 /// the .cuh files beside kernels/cuda/*.hpp where nvcc compiles the whole program.
 
+#include <ssmlib/backend/cuda_graph.hpp>
+#include <ssmlib/decode/cuda/decoder.hpp>
 #include <ssmlib/distill/cuda/hidden_state_alignment.hpp>
 #include <ssmlib/distill/cuda/matrix_orientation.hpp>
 #include <ssmlib/kernels/cuda/attention.hpp>
@@ -62,6 +64,7 @@
 #include <ssmlib/lower/cuda/user_mask.hpp>
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/lower/cuda/wrappers.hpp>
+#include <ssmlib/mixer/cuda/mamba2_step.hpp>
 #include <ssmlib/mixer/cuda/matrix_panels.hpp>
 #include <ssmlib/mixer/cuda/panels.hpp>
 #include <ssmlib/mixer/cuda/product_panels.hpp>

@@ -66,10 +66,12 @@ for bad in '--budget 0' '--budget -1' '--budget nan' '--budget inf' '--budget 1e
   refused "$option: wanted a number from .*, not '$value'" "${tiny[@]}" "$option" "$value"
 done
 refused 'not expected: --nonsense' "${tiny[@]}" --nonsense
+refused '--device: tpu not in' "${tiny[@]}" --device tpu
+refused 'was built without CUDA' "${tiny[@]}" --device cuda
 refused '--budget.*required' --budget
 
 "$program" --help >output 2>errors || fail '--help failed'
-for word in --text --resume --budget --held-out-bytes Ctrl-C 'Exit codes'; do
+for word in --device --text --resume --budget --held-out-bytes Ctrl-C 'Exit codes'; do
   grep -q -e "$word" output || fail "--help does not mention $word"
 done
 [[ ! -s errors ]] || fail '--help wrote to the error stream'
@@ -88,6 +90,7 @@ for key in "${keys[@]}"; do
 done
 grep -q '^  "greedy_speculative_equals_plain": true' whole/summary.json ||
   fail 'the greedy texts differ, or summary.json does not say'
+grep -q '^  "device": "cpu"' whole/summary.json || fail 'summary.json does not say which device'
 grep -qE '^  "date": "[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}Z"' whole/summary.json ||
   fail 'summary.json has no date'
 grep -qF "\"version\": \"${version% *}\"" whole/summary.json || fail 'summary.json: no version'

@@ -131,7 +131,8 @@ class decoder {
     p.early = true;
     cuda_kernels::skinny_forward(stream, p, work_.data());
   }
-  void mix(cudaStream_t stream, index_t layer, index_t m, bool replay) {
+  /// `update_alone`: without convolution, activation and gate, as the peers' kernels.
+  void mix(cudaStream_t stream, index_t layer, index_t m, bool replay, bool update_alone = false) {
     cuda_kernels::ssd_step_problem<bf16, S> p;
     const index_t inner = s_.inner(), channels = s_.channels(), heads = s_.heads;
     p.heads = heads, p.features = s_.features, p.key_size = s_.key_size;
@@ -155,6 +156,7 @@ class decoder {
                {inner * s_.key_size, s_.features * s_.key_size, s_.features, 1}};
     p.y = rows_of(mixed_.data(), rows(m), inner);
     if (replay) p.pending = pending_.data(), p.max_pending = 16;
+    if (update_alone) p.z = {}, p.width = 1, p.conv_bias = nullptr, p.activate = false;
     p.early = true;
     cuda_kernels::ssd_step_forward(stream, p);
   }
@@ -293,30 +295,31 @@ void time_batch(cudaStream_t stream, const times_table& table, const model_weigh
   const std::string name = " b" + std::to_string(batch) + (sizeof(S) == 4 ? " f32 state" : "");
   const double state = 2.0 * static_cast<double>(batch * s.inner() * s.key_size * sizeof(S));
   const double layers = static_cast<double>(s.layers);
-  const graph in(stream, [&] {
-    for (index_t l = 0; l < s.layers; ++l)
-      d.in_projection(stream, l, 1);
-  });
-  const double in_bytes = 2.0 * static_cast<double>(s.row() * s.width);
-  table.row("in projection" + name, in.time(10) / layers, in_bytes);
-  const graph mix(stream, [&] {
-    for (index_t l = 0; l < s.layers; ++l)
-      d.mix(stream, l, 1, false);
-  });
-  table.row("state step" + name, mix.time(10) / layers, state, step_peer);
-  const graph out(stream, [&] {
-    for (index_t l = 0; l < s.layers; ++l)
-      d.out_projection(stream, l, 1);
-  });
-  table.row("out projection" + name, out.time(10) / layers,
-            2.0 * static_cast<double>(s.inner() * s.width));
-  const graph head(stream, [&] {
-    for (int i = 0; i < 4; ++i)
-      d.head(stream, 1);
-  });
-  table.row("head" + name, head.time(10) / 4, 2.0 * static_cast<double>(s.vocabulary * s.width));
-  d.restart();
   const graph step(stream, [&] { d.step(stream, 1, false); });
+  for (int i = 0; i < 5; ++i)
+    step.launch();  // so that the parts meet inputs of tokens before
+  double parts = 0;
+  const auto part = [&](const char* what, int count, double bytes, auto run, double its_peer = 0) {
+    const graph repeated(stream, [&] {
+      for (int i = 0; i < count; ++i)
+        run(i);
+    });
+    const double ms = repeated.time(10) / count;
+    table.row(what + name, ms, bytes, its_peer);
+    return ms;
+  };
+  const int all = static_cast<int>(s.layers);
+  parts += layers * part("in projection", all, 2.0 * static_cast<double>(s.row() * s.width),
+                         [&](int l) { d.in_projection(stream, l, 1); });
+  parts += layers * part("state step", all, state, [&](int l) { d.mix(stream, l, 1, false); });
+  part(
+      "state update alone", all, state, [&](int l) { d.mix(stream, l, 1, false, true); },
+      step_peer);
+  parts += layers * part("out projection", all, 2.0 * static_cast<double>(s.inner() * s.width),
+                         [&](int l) { d.out_projection(stream, l, 1); });
+  parts += part("head", 4, 2.0 * static_cast<double>(s.vocabulary * s.width),
+                [&](int) { d.head(stream, 1); });
+  table.row("sum of a step's parts" + name, parts, s.weight_bytes() + layers * state);
   table.row("step" + name, step.time(), s.weight_bytes() + layers * state, peer, goal);
   table.row("step again" + name, step.time(), s.weight_bytes() + layers * state, peer, goal);
 }
@@ -342,6 +345,14 @@ inline void time_all(cudaStream_t stream) {
     table.row("verify " + std::to_string(m) + ", replay of as many, " +
                   std::to_string(ms / plain).substr(0, 5) + " steps",
               ms, bytes, peer, m <= 8 ? 1.08 * plain : 0);
+    // Tokens stay pending from the step that was timed.
+    const graph mix(stream, [&] {
+      for (index_t l = 0; l < s.layers; ++l)
+        d.mix(stream, l, m, true);
+    });
+    table.row("state step of " + std::to_string(m) + " with replay",
+              mix.time(10) / static_cast<double>(s.layers),
+              2.0 * 2.0 * static_cast<double>(s.inner() * s.key_size));
   }
 }
 

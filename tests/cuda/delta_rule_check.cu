@@ -233,7 +233,7 @@ void check_steps() {
                           {ring.get(), slots, first.data()});
   index_t begin = 0, wrong = 0;
   const auto kept = ring.data.device.host();
-  for (index_t size = 1; size <= 16; ++size) {
+  for (index_t size = 16; size > 0; --size) {
     const std::vector<index_t> range{begin, begin + size};
     const buffer<index_t> offsets(range);
     p.offsets = offsets.data();

@@ -110,6 +110,10 @@ void check_pair(const TeacherOptions& of_teacher, const StudentOptions& of_stude
   const Student<T, cuda> student(of_student, 2);
   const Teacher<double, cpu> host_teacher(of_teacher, 1);
   const Student<double, cpu> host_student(of_student, 2);
+  // A diagonal of 1 is the only entry of the teacher's first row: a distance of rounding errors.
+  for (const auto& p : parameters_of<T, cuda>(student)) {
+    if (p.name == "D") p.value.fill(0.5f);
+  }
   copy_parameters(teacher, host_teacher);
   copy_parameters(student, host_student);
   const auto u = on_device<T>(uniform<double, 3>({2, length, teacher.width()}, -1, 1, 3));
@@ -281,7 +285,7 @@ TEMPLATE_TEST_CASE("cuda/distill: stage 1 of attention and Mamba-1 or the delta 
 TEMPLATE_TEST_CASE("cuda/distill: stages 1 and 2 have the golden values and gradients",
                    "[cuda][distill]", float, double) {
   using T = TestType;
-  const double bound = std::same_as<T, double> ? 1e-10 : 1e-5;
+  const double bound = std::same_as<T, double> ? 1e-7 : 1e-5;  // the golden numbers are floats
   const auto compare = [&](const auto& got, const auto& wanted) {
     CHECK(error_of(got, wanted) < bound);
   };
@@ -394,8 +398,7 @@ TEST_CASE("cuda/distill: tiles of a matrix are its dense entries", "[cuda][disti
 TEST_CASE("cuda/distill: stage 1 at T = 32,768 takes memory for tiles, not for matrices",
           "[cuda][distill]") {
   const index_t length = 32768;
-  const cuda::context ctx;
-  const cuda::scope scope(ctx);
+  const cuda::context& ctx = default_context<cuda>();
   const attention<bf16, cuda> teacher({.width = 128, .heads = 4}, 1);
   const mamba2<bf16, cuda> student(
       {.width = 128, .heads = 4, .head_dim = 32, .state = 32, .groups = 4}, 2);
@@ -415,8 +418,7 @@ TEST_CASE("cuda/distill: stage 1 at T = 32,768 takes memory for tiles, not for m
 // gradient again with two more of it; so are the log-sum-exps, at twice the teacher's.
 TEST_CASE("cuda/distill: stage 1 of a layer of 32 heads holds a small part of its matrices",
           "[cuda][distill]") {
-  const cuda::context ctx;
-  const cuda::scope scope(ctx);
+  const cuda::context& ctx = default_context<cuda>();
   const index_t length = 2048, heads = 32, size = 64;
   const auto some = [&](std::uint64_t seed) {
     return on_device<bf16>(uniform<double, 4>({1, length, heads, size}, -0.4, 0.4, seed));

@@ -111,7 +111,7 @@ TEMPLATE_TEST_CASE("cuda/linear: gradients are added, with the same bits each ti
   using P = accum_t<T>;
   const cuda::context& ctx = default_context<cuda>();
   const auto x = on_device<T>(normal<double, 2>({3001, 136}, 1.0, 1));
-  const auto w = on_device<P>(normal<double, 2>({72, 136}, 1.0, 2));
+  const auto w = on_device<T>(normal<double, 2>({72, 136}, 1.0, 2));
   const auto dy = on_device<T>(normal<double, 2>({3001, 72}, 1.0, 3));
   const auto gradients = [&](P begin) {
     const auto dw = tensor<P, 2, cuda>::full({72, 136}, begin);

@@ -66,6 +66,8 @@ class cuda_allocator {
   [[nodiscard]] virtual void* allocate(std::size_t bytes) = 0;
   /// Takes a block back, to be used again after the work that the context has been given so far.
   virtual void release(void* data, std::size_t bytes) noexcept = 0;
+  /// Told of every copy between host and device: work that has one cannot be recorded.
+  virtual void note_host_copy() {}
 };
 
 /// The CUDA backend.
@@ -99,18 +101,26 @@ struct cuda {
     void trim() const;
     /// What the context's memory comes from.
     [[nodiscard]] cudaMemPool_t pool() const;
-
-    /// Queues a copy of bytes between host and device, or on the device. From pageable memory the
-    /// call has taken what it needs when it returns.
-    void copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) const;
-    /// Whether this is the context of a cuda_dry_run: nothing runs on it, and its memory cannot be
-    /// read.
-    [[nodiscard]] bool is_dry_run() const;
+    /// Memory of the pool itself, for what stands in for it; give it back with cudaFreeAsync.
+    /// @throws backend_error  out of memory.
+    [[nodiscard]] void* allocate_from_pool(std::size_t bytes) const;
 
     /// From now on new blocks come from `allocator`, or from the pool again where it is null. A
     /// block goes back to what it came from and keeps that alive.
     void set_allocator(std::shared_ptr<cuda_allocator> allocator) const;
     [[nodiscard]] const std::shared_ptr<cuda_allocator>& allocator() const;
+    /// For whoever copies between host and device on the context's stream by other means.
+    void note_host_copy() const;
+    /// Numbers of the host on the device, copied when they are first asked for and kept as long as
+    /// the context: the constants of a layer.
+    [[nodiscard]] const double* constants(const double* numbers, std::size_t n) const;
+
+    /// Queues a copy of bytes to the host, or on the device. What comes from the host goes through
+    /// tensors (detail::elements<cuda>::write), which may be changed as soon as that returns.
+    void copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) const;
+    /// Whether this is the context of a cuda_dry_run: nothing runs on it, and its memory cannot be
+    /// read.
+    [[nodiscard]] bool is_dry_run() const;
 
     /// Lets products of float matrices round their factors to TF32 (10 bits of mantissa). Off at
     /// first: float products have the bits of float.

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <new>
 #include <string>
+#include <vector>
 
 namespace ssm {
 
@@ -35,6 +37,7 @@ struct cuda_state {
   bool allow_tf32 = false, is_dry_run = false;
   std::shared_ptr<cuda_allocator> allocator;  // absent: the pool
   std::shared_ptr<void> products, transforms;
+  std::map<std::vector<double>, void*> constants;
 
   explicit cuda_state(int device_index) : device(device_index) {
     const int devices = cuda::device_count();
@@ -66,6 +69,9 @@ struct cuda_state {
     if (stream) (void)cudaStreamSynchronize(stream);
     products.reset();  // its workspace is from the pool
     transforms.reset();
+    for (const auto& [numbers, copy] : constants) {
+      if (!is_dry_run) (void)cudaFreeAsync(copy, stream);
+    }
     if (pool) (void)cudaMemPoolDestroy(pool);
     if (stream) (void)cudaStreamDestroy(stream);
   }
@@ -138,6 +144,7 @@ SSMLIB_INLINE cudaMemPool_t cuda::context::pool() const {
 }
 SSMLIB_INLINE void cuda::context::copy(void* to, const void* from, std::size_t bytes,
                                        cudaMemcpyKind kind) const {
+  if (kind != cudaMemcpyDeviceToDevice) note_host_copy();
   if (bytes == 0 || is_dry_run()) return;
   SSMLIB_CHECK_CUDA(cudaMemcpyAsync(to, from, bytes, kind, state_->stream));
 }
@@ -149,6 +156,22 @@ SSMLIB_INLINE void cuda::context::set_allocator(std::shared_ptr<cuda_allocator> 
 }
 SSMLIB_INLINE const std::shared_ptr<cuda_allocator>& cuda::context::allocator() const {
   return state_->allocator;
+}
+SSMLIB_INLINE void cuda::context::note_host_copy() const {
+  if (state_->allocator) state_->allocator->note_host_copy();
+}
+SSMLIB_INLINE const double* cuda::context::constants(const double* numbers, std::size_t n) const {
+  const auto found = state_->constants.try_emplace(std::vector<double>(numbers, numbers + n)).first;
+  if (found->second == nullptr) {
+    const std::size_t bytes = std::max<std::size_t>(n, 1) * sizeof(double);
+    found->second = is_dry_run() ? state_->allocator->allocate(bytes) : allocate_from_pool(bytes);
+    // From the key, which stays: the copy may read it later.
+    if (!is_dry_run()) {
+      SSMLIB_CHECK_CUDA(cudaMemcpyAsync(found->second, found->first.data(), n * sizeof(double),
+                                        cudaMemcpyHostToDevice, state_->stream));
+    }
+  }
+  return static_cast<const double*>(found->second);
 }
 SSMLIB_INLINE void cuda::context::set_allow_tf32(bool allow) const {
   state_->allow_tf32 = allow;
@@ -164,37 +187,39 @@ SSMLIB_INLINE std::shared_ptr<void>& cuda::context::transforms() const {
   return state_->transforms;
 }
 
-SSMLIB_INLINE cuda_memory::block* cuda_memory::create(std::size_t bytes) {
-  const auto owner = cuda::current().state_;
-  const detail::device_guard guard(owner->device);
-  auto block = std::make_unique<detail::cuda_block>();
-  block->bytes = bytes;
-  // A block of no bytes has an address too: a tensor without elements is not an absent one.
-  const std::size_t wanted = std::max<std::size_t>(bytes, 1);
-  if (owner->allocator) {
-    block->data = owner->allocator->allocate(wanted);
-    block->owner = owner;
-    block->source = owner->allocator;
-    return block.release();
-  }
-  cudaError_t status = cudaMallocFromPoolAsync(&block->data, wanted, owner->pool, owner->stream);
+SSMLIB_INLINE void* cuda::context::allocate_from_pool(std::size_t bytes) const {
+  const detail::cuda_state& own = *state_;
+  const detail::device_guard guard(own.device);
+  void* data = nullptr;
+  cudaError_t status = cudaMallocFromPoolAsync(&data, bytes, own.pool, own.stream);
   if (status == cudaErrorMemoryAllocation) {  // freed blocks may wait for the stream to get there
     (void)cudaGetLastError();
-    SSMLIB_CHECK_CUDA(cudaStreamSynchronize(owner->stream));
-    SSMLIB_CHECK_CUDA(cudaMemPoolTrimTo(owner->pool, 0));
-    status = cudaMallocFromPoolAsync(&block->data, wanted, owner->pool, owner->stream);
+    SSMLIB_CHECK_CUDA(cudaStreamSynchronize(own.stream));
+    SSMLIB_CHECK_CUDA(cudaMemPoolTrimTo(own.pool, 0));
+    status = cudaMallocFromPoolAsync(&data, bytes, own.pool, own.stream);
   }
   if (status == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();
     std::size_t free = 0, total = 0;
     SSMLIB_CHECK_CUDA(cudaMemGetInfo(&free, &total));
     throw backend_error("ssm: allocating " + std::to_string(bytes) + " bytes on device " +
-                        std::to_string(owner->device) + " failed with " + std::to_string(free) +
+                        std::to_string(own.device) + " failed with " + std::to_string(free) +
                         " of " + std::to_string(total) +
                         " bytes free; use a smaller batch or a shorter sequence");
   }
   detail::check_cuda(status, "cudaMallocFromPoolAsync");
-  block->owner = owner;
+  return data;
+}
+
+SSMLIB_INLINE cuda_memory::block* cuda_memory::create(std::size_t bytes) {
+  const cuda::context ctx = cuda::current();
+  auto block = std::make_unique<detail::cuda_block>();
+  block->bytes = bytes;
+  block->owner = ctx.state_;
+  block->source = ctx.allocator();
+  // A block of no bytes has an address too: a tensor without elements is not an absent one.
+  const std::size_t wanted = std::max<std::size_t>(bytes, 1);
+  block->data = block->source ? block->source->allocate(wanted) : ctx.allocate_from_pool(wanted);
   return block.release();
 }
 

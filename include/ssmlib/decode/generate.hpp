@@ -65,31 +65,84 @@ template <Floating T, Backend B>
   }
 }
 
-/// Logits of the last new token of each sequence that has one, in step order; (sequences, V).
-template <class M>
-[[nodiscard]] tensor<accum_t<typename M::value_type>, 3> last_logits(
-    const M& model, const typename M::backend::context& ctx, typename M::state_type& state,
-    const token_rows& rows) {
-  using T = typename M::value_type;
-  using B = typename M::backend;
-  const typename B::scope scope(ctx);
-  const packed_ids packed(rows);
-  const pass<T, B> p{ctx, nullptr, true};
-  const tensor<T, 3, B> hidden = model.advance(p, state, packed.ids, packed.layout);
-  const index_t n = packed.layout.sequences();
+/// The hidden states of the last new token of each sequence, (1, sequences, d); zeros for those
+/// that have none.
+template <Floating T, Backend B>
+[[nodiscard]] tensor<T, 3, B> last_tokens(const tensor<T, 3, B>& hidden,
+                                          const sequence_layout& layout) {
+  const index_t n = layout.sequences();
   auto last = tensor<T, 3, B>::zeros(1, n, hidden.extent(2));
   for (index_t i = 0; i < n; ++i) {
-    if (packed.layout.length(i) == 0) continue;
-    last.slice(1, i, i + 1)
-        .copy_from(hidden.slice(1, packed.layout.end(i) - 1, packed.layout.end(i)));
+    if (layout.length(i) == 0) continue;
+    last.slice(1, i, i + 1).copy_from(hidden.slice(1, layout.end(i) - 1, layout.end(i)));
   }
-  return logits_on_host(model.head()(p, last));
+  return last;
 }
 
 template <Real T>
 [[nodiscard]] std::span<const T> logits_row(const tensor<T, 3>& logits, index_t i) {
   return {&logits(0, i, 0), static_cast<std::size_t>(logits.extent(2))};
 }
+
+/// What follows some tokens, on the host: the most likely token after each, or all logits.
+template <Real T>
+struct followers {
+  std::vector<std::int32_t> likeliest;
+  tensor<T, 3> logits;  ///< (1, tokens, V)
+
+  /// Where temperature is 0 the likeliest alone is kept. The first of equals, as everywhere.
+  static followers of(const tensor<T, 3>& logits, bool likeliest_alone) {
+    if (!likeliest_alone) return {{}, logits};
+    followers f;
+    for (index_t i = 0; i < logits.extent(1); ++i)
+      f.likeliest.push_back(argmax(logits_row(logits, i)));
+    return f;
+  }
+};
+
+/// A batch of sequences that a model continues: what generate() and speculate() ask of a backend.
+/// That of CUDA is in decode/cuda/decoder.hpp.
+template <class M>
+class model_steps {
+ public:
+  using T = typename M::value_type;
+  using B = typename M::backend;
+
+  model_steps(const M& model, index_t sequences, index_t max_rollback,
+              const typename B::context& ctx)
+      : model_(model), ctx_(ctx) {
+    const typename B::scope scope(ctx);
+    state_ = model.initial_state(sequences, max_rollback);
+  }
+
+  [[nodiscard]] index_t position(index_t i) const { return state_.position(i); }
+  void rollback(std::span<const index_t> n) { state_.rollback(n); }
+  /// Logits after the last new token of each sequence, (1, sequences, V), on the host.
+  [[nodiscard]] tensor<accum_t<T>, 3> last(const token_rows& rows) {
+    const typename B::scope scope(ctx_);
+    const packed_ids packed(rows);
+    return logits(
+        last_tokens(model_.advance(pass(), state_, packed.ids, packed.layout), packed.layout));
+  }
+  /// Logits after each new token, (1, tokens, V), on the host.
+  [[nodiscard]] tensor<accum_t<T>, 3> all(const token_rows& rows) {
+    const typename B::scope scope(ctx_);
+    const packed_ids packed(rows);
+    return logits(model_.advance(pass(), state_, packed.ids, packed.layout));
+  }
+
+ private:
+  [[nodiscard]] ssm::pass<T, B> pass() { return {ctx_, nullptr, true, &weights_}; }
+  [[nodiscard]] followers<accum_t<T>> after(const tensor<T, 3, B>& hidden, bool likeliest_alone) {
+    return followers<accum_t<T>>::of(logits_on_host(model_.head()(pass(), hidden)),
+                                     likeliest_alone);
+  }
+
+  const M& model_;
+  const typename B::context& ctx_;
+  typename M::state_type state_;
+  weight_cache<T, B> weights_;
+};
 
 }  // namespace detail
 
@@ -106,7 +159,10 @@ template <LanguageModel M>
     const typename M::backend::context& ctx = default_context<typename M::backend>()) {
   detail::check_prompts("generate", prompts);
   check_sampling(options.sampling);
-  auto state = model.initial_state(static_cast<index_t>(prompts.size()), 0);
+  if constexpr (requires { generate_on_device(model, prompts, options, ctx); }) {
+    return generate_on_device(model, prompts, options, ctx);
+  }
+  detail::model_steps<M> steps(model, static_cast<index_t>(prompts.size()), 0, ctx);
   token_rows result(prompts.size()), fresh = prompts;
   std::vector<double> distribution;
   for (index_t step = 0; step < options.max_new_tokens; ++step) {
@@ -114,14 +170,14 @@ template <LanguageModel M>
     for (const auto& row : fresh)
       any = any || !row.empty();
     if (!any) break;
-    const auto logits = detail::last_logits(model, ctx, state, fresh);
+    const auto logits = steps.last(fresh, false).logits;
     for (std::size_t i = 0; i < prompts.size(); ++i) {
       if (fresh[i].empty()) continue;
       const auto sequence = static_cast<index_t>(i);
       next_token_distribution(detail::logits_row(logits, sequence), options.sampling, distribution);
       const std::int32_t token =
           pick(distribution,
-               random_draw(options.sampling.seed, sequence, state.position(sequence), draw::token));
+               random_draw(options.sampling.seed, sequence, steps.position(sequence), draw::token));
       result[i].push_back(token);
       if (options.on_token) options.on_token(sequence, token);
       fresh[i].assign(1, token);

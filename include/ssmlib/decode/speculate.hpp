@@ -44,26 +44,22 @@ class speculator {
   speculator(const Target& target, const Draft& draft, const generate_options& options,
              index_t draft_tokens, const token_rows& prompts,
              const typename Target::backend::context& ctx)
-      : target_(target),
-        draft_(draft),
-        options_(options),
-        ctx_(ctx),
+      : options_(options),
         draft_tokens_(draft_tokens),
-        target_state_(target.initial_state(static_cast<index_t>(prompts.size()), draft_tokens)),
-        draft_state_(draft.initial_state(static_cast<index_t>(prompts.size()), draft_tokens)),
+        target_(target, static_cast<index_t>(prompts.size()), draft_tokens, ctx),
+        draft_(draft, static_cast<index_t>(prompts.size()), draft_tokens, ctx),
         sequences_(prompts.size()) {
     result_.tokens.resize(prompts.size());
     // Both read the prompts in one piece, so that a target that is its own draft has equal states.
-    (void)last_logits(draft_, ctx_, draft_state_, prompts);
-    const auto logits = last_logits(target_, ctx_, target_state_, prompts);
+    (void)draft_.last(prompts, is_greedy());
+    const auto follow = target_.last(prompts, is_greedy());
     for (std::size_t i = 0; i < prompts.size(); ++i) {
       const auto row = static_cast<index_t>(i);
       if (options_.max_new_tokens < 1) {
         sequences_[i].done = true;
         continue;
       }
-      next_token_distribution(logits_row(logits, row), options_.sampling, p_);
-      emit(i, pick(p_, uniform(i, target_state_.position(row), draw::token)));
+      emit(i, choose(follow, row, [&] { return uniform(i, target_.position(row), draw::token); }));
     }
   }
 
@@ -85,6 +81,14 @@ class speculator {
     bool done = false;
   };
 
+  [[nodiscard]] bool is_greedy() const { return options_.sampling.temperature == 0.0; }
+  // The token after a row; p_ is what it was drawn from, unless greedy.
+  template <class Real, class Uniform>
+  [[nodiscard]] std::int32_t choose(const followers<Real>& follow, index_t row, Uniform u) {
+    if (is_greedy()) return follow.likeliest[static_cast<std::size_t>(row)];
+    next_token_distribution(logits_row(follow.logits, row), options_.sampling, p_);
+    return pick(p_, u());
+  }
   [[nodiscard]] double uniform(std::size_t i, index_t position, draw purpose) const {
     return random_draw(options_.sampling.seed, static_cast<index_t>(i), position, purpose);
   }
@@ -108,15 +112,15 @@ class speculator {
     }
     for (index_t round = 0; round < draft_tokens_; ++round) {
       if (std::ranges::all_of(rows, [](const auto& r) { return r.empty(); })) return;
-      const auto logits = last_logits(draft_, ctx_, draft_state_, rows);
+      const auto follow = draft_.last(rows, is_greedy());
       for (std::size_t i = 0; i < sequences_.size(); ++i) {
         if (rows[i].empty()) continue;
         sequence& s = sequences_[i];
         const auto row = static_cast<index_t>(i);
-        next_token_distribution(logits_row(logits, row), options_.sampling, p_);
-        const std::int32_t token = pick(p_, uniform(i, draft_state_.position(row), draw::draft));
+        const std::int32_t token =
+            choose(follow, row, [&] { return uniform(i, draft_.position(row), draw::draft); });
         s.proposal.push_back(token);
-        if (options_.sampling.temperature > 0) s.q.push_back(p_);
+        if (!is_greedy()) s.q.push_back(p_);
         const bool more = static_cast<index_t>(s.proposal.size()) < wanted(i);
         rows[i].assign(more ? 1 : 0, token);
       }
@@ -136,29 +140,27 @@ class speculator {
       rows[i].push_back(result_.tokens[i].back());
       rows[i].insert(rows[i].end(), sequences_[i].proposal.begin(), sequences_[i].proposal.end());
     }
-    const packed_ids packed(rows);
-    const typename Target::backend::scope scope(ctx_);
-    const pass<TargetReal, typename Target::backend> p{ctx_, nullptr, true};
-    const auto hidden = target_.advance(p, target_state_, packed.ids, packed.layout);
-    const auto logits = logits_on_host(target_.head()(p, hidden));
+    const auto follow = target_.all(rows, is_greedy());
     std::vector<index_t> target_back(sequences_.size(), 0), draft_back(sequences_.size(), 0);
+    index_t first = 0;  // row of the logits
     for (std::size_t i = 0; i < sequences_.size(); ++i) {
+      const auto length = static_cast<index_t>(rows[i].size());
+      const index_t begin = std::exchange(first, first + length);
       if (sequences_[i].done) continue;
-      const auto row = static_cast<index_t>(i);
-      const index_t accepted = accept(i, logits, packed.layout.begin(row),
-                                      target_state_.position(row) - packed.layout.length(row));
+      const index_t accepted =
+          accept(i, follow, begin, target_.position(static_cast<index_t>(i)) - length);
       const auto k = static_cast<index_t>(sequences_[i].proposal.size());
       target_back[i] = k - accepted;
       // The draft has seen d_1 .. d_{k-1}.
       draft_back[i] = std::max<index_t>(k - 1 - accepted, 0);
     }
-    target_state_.rollback(target_back);
-    draft_state_.rollback(draft_back);
+    target_.rollback(target_back);
+    draft_.rollback(draft_back);
   }
 
   // Emits the agreed tokens and one of the target's own; returns how many proposals were agreed.
   // A token that the draft has not seen goes to `pending`.
-  index_t accept(std::size_t i, const tensor<accum_t<TargetReal>, 3>& logits, index_t first,
+  index_t accept(std::size_t i, const followers<accum_t<TargetReal>>& follow, index_t first,
                  index_t position) {
     sequence& s = sequences_[i];
     const auto k = static_cast<index_t>(s.proposal.size());
@@ -166,17 +168,13 @@ class speculator {
     index_t accepted = 0;
     std::int32_t own = 0;
     for (;; ++accepted) {
-      next_token_distribution(logits_row(logits, first + accepted), options_.sampling, p_);
       const index_t here = position + accepted + 1;
-      if (accepted == k) {
-        own = pick(p_, uniform(i, here, draw::token));
-        break;
-      }
+      own = choose(follow, first + accepted, [&] { return uniform(i, here, draw::token); });
+      if (accepted == k) break;
       const auto j = static_cast<std::size_t>(accepted);
       const auto proposed = static_cast<std::size_t>(s.proposal[j]);
-      if (options_.sampling.temperature == 0.0) {
-        if (p_[proposed] == 1.0) continue;
-        own = pick(p_, 0.0);
+      if (is_greedy()) {
+        if (own == s.proposal[j]) continue;
         break;
       }
       const std::vector<double>& q = s.q[j];
@@ -216,13 +214,10 @@ class speculator {
     return pick(rest, u);
   }
 
-  const Target& target_;
-  const Draft& draft_;
   const generate_options& options_;
-  const typename Target::backend::context& ctx_;
   index_t draft_tokens_;
-  typename Target::state_type target_state_;
-  typename Draft::state_type draft_state_;
+  model_steps<Target> target_;
+  model_steps<Draft> draft_;
   std::vector<sequence> sequences_;
   speculation_result result_;
   std::vector<double> p_;

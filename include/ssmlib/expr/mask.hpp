@@ -167,7 +167,8 @@ struct decay_mask {
 };
 
 /// The decay mask of retention. @param gamma  (H), in (0, 1]: the CPU refuses others when it
-/// multiplies; on CUDA, where numbers are not looked at, one below 0 gives NaN.
+/// multiplies; on CUDA numbers are not looked at, and one below 0 gives NaN, or its powers by
+/// alg::recurrent.
 template <Floating T, Backend B>
 [[nodiscard]] decay_mask<T, B> decay(const tensor<T, 1, B>& gamma) {
   return {gamma};

@@ -22,7 +22,9 @@ namespace ssm {
 ///   sequences(), position(i), max_rollback(), can_roll_back(i)
 ///   rollback(n) / rollback(span of n per sequence)
 ///
-/// and `advance(mixer * X, state)` runs any number of new tokens from any position.
+/// and `advance(mixer * X, state)` runs any number of new tokens from any position. States whose
+/// advance() for a few tokens keeps its memory where it is have skip(layout) too: what a graph that
+/// repeats an advance() leaves to the host.
 
 namespace detail {
 
@@ -123,6 +125,9 @@ class matrix_state {
     });
   }
 
+  /// Counts the tokens of an advance() that a recorded graph has run.
+  void skip(const sequence_layout& layout) { positions_.advance(layout); }
+
   /// Whether they fit the same products, but for the number of sequences.
   [[nodiscard]] bool same_sizes(const matrix_state& other) const {
     return std::ranges::equal(std::span(value_.extents()).subspan(1),
@@ -132,16 +137,18 @@ class matrix_state {
     return a.positions_ == b.positions_ && detail::equal_elements(a.value_, b.value_);
   }
 
+  /// For kernels that move the state themselves: where it and its snapshots are. They leave the
+  /// positions to skip().
+  [[nodiscard]] carry<T, B> whole() const {
+    return {value_, value_, snapshots_, max_rollback(), positions_.all().data()};
+  }
+
   template <RecurrentMixer M, int R, class Alg>
   friend tensor<typename M::value_type, R, typename M::backend> advance(
       const mix<M, R, Alg>& e, matrix_state<typename M::value_type, typename M::backend>& state,
       const typename M::backend::context& ctx);
 
  private:
-  [[nodiscard]] carry<T, B> whole() const {
-    return {value_, value_, snapshots_, max_rollback(), positions_.all().data()};
-  }
-
   detail::state_positions positions_;
   tensor<accum_t<T>, 4, B> value_;
   tensor<accum_t<T>, 4, B> snapshots_;
@@ -212,8 +219,7 @@ template <RecurrentMixer M, int R, class Alg>
       }
     }
   }
-  for (index_t i = 0; i < layout.sequences(); ++i)
-    state.positions_.advance(i, layout.length(i));
+  state.positions_.advance(layout);
   return detail::demote<R>(y);
 }
 
@@ -369,8 +375,7 @@ template <MatrixMixer M, int R, class Alg>
     kept.assign(1, all);
   }
   state.tokens_ = std::move(tokens);
-  for (index_t i = 0; i < layout.sequences(); ++i)
-    state.positions_.advance(i, layout.length(i));
+  state.positions_.advance(layout);
   return detail::demote<R>(y);
 }
 

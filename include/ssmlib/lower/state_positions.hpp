@@ -36,6 +36,10 @@ class state_positions {
     position_(i) += tokens;
     undoable_(i) = std::min(max_rollback_, undoable_(i) + tokens);
   }
+  void advance(const sequence_layout& layout) {
+    for (index_t i = 0; i < layout.sequences(); ++i)
+      advance(i, layout.length(i));
+  }
   /// @throws value_error  n is negative or more than can be undone; nothing has changed then.
   void check_rollback(index_t i, index_t n) const;
   void check_rollback(std::span<const index_t> n) const;

@@ -32,6 +32,20 @@ struct mixer_state {
     matrix.rollback(n);  // checks first, so nothing is half undone
     if (conv.channels() > 0) conv.rollback(n);
   }
+  void skip(const sequence_layout& layout) requires requires(Matrix& m) { m.skip(layout); }
+  {
+    matrix.skip(layout);
+    if (conv.channels() > 0) conv.skip(layout);
+  }
+  bool reserve(index_t tokens) {
+    if constexpr (requires {
+                    { matrix.reserve(tokens) } -> std::same_as<bool>;
+                  }) {
+      return matrix.reserve(tokens);
+    } else {
+      return false;
+    }
+  }
   friend bool operator==(const mixer_state&, const mixer_state&) = default;
   /// Whether they fit the same mixers, but for the number of sequences.
   [[nodiscard]] bool same_sizes(const mixer_state& other) const {

@@ -101,6 +101,10 @@ class mixer_block final : public any_block<T, B> {
                                         const tensor<T, 3, B>& x,
                                         const sequence_layout& layout) const override {
     auto& mine = state.template as<state_of<Mixer>>();
+    // A backend may have the whole layer in few kernels for few tokens.
+    if constexpr (requires { advance_block(p, norm_, mixer_, mine, x, layout); }) {
+      if (auto y = advance_block(p, norm_, mixer_, mine, x, layout)) return y;
+    }
     return eval_as<T>(x + mixer_.advance(p, mine, norm_(p, x), layout), p.ctx);
   }
   [[nodiscard]] any_state initial_state(index_t sequences, index_t max_rollback) const override {

@@ -106,6 +106,12 @@ class language_model {
   [[nodiscard]] tensor<T, 3, B> advance(const pass<T, B>& p, model_state& state,
                                         const tensor<std::int32_t, 2>& ids,
                                         const sequence_layout& layout = {}) const;
+  /// The same for ids on the device, which are not looked at: one outside the vocabulary gives NaN.
+  /// @param layout  where it has a backend's copy, that is taken for the state's positions
+  [[nodiscard]] tensor<T, 3, B> advance(const pass<T, B>& p, model_state& state,
+                                        const tensor<std::int32_t, 2, B>& ids,
+                                        const sequence_layout& layout = {}) const
+      requires(!std::same_as<B, cpu>);
 
   /// Every trainable tensor; a tied head is listed once, as the embedding.
   [[nodiscard]] std::vector<parameter<T, B>> parameters() const;
@@ -114,7 +120,8 @@ class language_model {
   [[nodiscard]] language_model clone() const;
 
  private:
-  [[nodiscard]] static sequence_layout whole(const tensor<std::int32_t, 2>& ids,
+  template <Backend Ids>
+  [[nodiscard]] static sequence_layout whole(const tensor<std::int32_t, 2, Ids>& ids,
                                              const sequence_layout& layout) {
     if (!layout) return sequence_layout::rectangular(ids.extent(0), ids.extent(1));
     if (layout.tokens() != ids.size()) {
@@ -123,6 +130,11 @@ class language_model {
     }
     return layout;
   }
+
+  /// advance(); embed(pass) gives the new tokens' vectors once the state is known to fit.
+  template <class Embed>
+  [[nodiscard]] tensor<T, 3, B> advance_from(const pass<T, B>& p, model_state& state,
+                                             const sequence_layout& pieces, Embed embed) const;
 
   [[nodiscard]] std::vector<any_state> layer_states(index_t sequences, index_t max_rollback) const {
     std::vector<any_state> layers;
@@ -163,23 +175,45 @@ tensor<T, 3, B> language_model<T, B>::hidden(const pass<T, B>& p,
 }
 
 template <Floating T, Backend B>
-tensor<T, 3, B> language_model<T, B>::advance(const pass<T, B>& p, model_state& state,
-                                              const tensor<std::int32_t, 2>& ids,
-                                              const sequence_layout& layout) const {
-  const sequence_layout pieces = whole(ids, layout);
+template <class Embed>
+tensor<T, 3, B> language_model<T, B>::advance_from(const pass<T, B>& p, model_state& state,
+                                                   const sequence_layout& pieces,
+                                                   Embed embed) const {
   const typename B::scope scope(p.ctx);
   if (!state.is_of(pattern_)) state.check_model(config_.pattern, layer_states(0, 0));
   state.positions().check_layout(pieces);
-  const sequence_layout placed = pieces.at_positions(state.positions().all());
+  sequence_layout placed = pieces;
+  if (!pieces.copy()) {
+    placed = pieces.at_positions(state.positions().all());
+    if constexpr (requires { apply_layout(p.ctx, placed); }) placed = apply_layout(p.ctx, placed);
+  }
   const pass<T, B> step{p.ctx, nullptr, pieces.max_length() <= max_fixed_step, p.weights};
-  tensor<T, 3, B> x = embed(step, ids);
+  tensor<T, 3, B> x = embed(step);
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     x = blocks_[i]->advance(step, state.layers()[i], x, placed);
   }
-  for (index_t i = 0; i < pieces.sequences(); ++i) {
-    state.positions().advance(i, pieces.length(i));
-  }
+  state.positions().advance(pieces);
   return final_norm(step, x);
+}
+
+template <Floating T, Backend B>
+tensor<T, 3, B> language_model<T, B>::advance(const pass<T, B>& p, model_state& state,
+                                              const tensor<std::int32_t, 2>& ids,
+                                              const sequence_layout& layout) const {
+  return advance_from(p, state, whole(ids, layout),
+                      [&](const pass<T, B>& step) { return embed(step, ids); });
+}
+
+template <Floating T, Backend B>
+tensor<T, 3, B> language_model<T, B>::advance(const pass<T, B>& p, model_state& state,
+                                              const tensor<std::int32_t, 2, B>& ids,
+                                              const sequence_layout& layout) const
+    requires(!std::same_as<B, cpu>) {
+  return advance_from(p, state, whole(ids, layout), [&](const pass<T, B>& step) {
+    tensor<T, 3, B> x(ids.extent(0), ids.extent(1), config_.width);
+    apply_embedding(step.ctx, embedding_.weight, ids, detail::input_tokens(x));
+    return x;
+  });
 }
 
 template <Floating T, Backend B>

@@ -2,6 +2,7 @@
 
 #include <ssmlib/lower/state.hpp>
 
+#include <algorithm>
 #include <concepts>
 #include <memory>
 #include <span>
@@ -37,6 +38,14 @@ class any_state {
   void rollback(std::span<const index_t> n) {
     if (held_) held_->rollback(n);
   }
+  /// For graphs that repeat a step, as states have them; see lower/state.hpp. A layer without a
+  /// state needs nothing.
+  [[nodiscard]] bool can_skip() const { return !held_ || held_->can_skip(); }
+  /// @pre can_skip()
+  void skip(const sequence_layout& layout) {
+    if (held_) held_->skip(layout);
+  }
+  bool reserve(index_t tokens) { return held_ && held_->reserve(tokens); }
   friend bool operator==(const any_state& a, const any_state& b) {
     if (!a.held_ || !b.held_) return !a.held_ && !b.held_;
     return a.held_->equals(*b.held_);
@@ -63,6 +72,9 @@ class any_state {
     virtual ~base() = default;
     [[nodiscard]] virtual std::unique_ptr<base> clone() const = 0;
     virtual void rollback(std::span<const index_t> n) = 0;
+    [[nodiscard]] virtual bool can_skip() const = 0;
+    virtual void skip(const sequence_layout& layout) = 0;
+    virtual bool reserve(index_t tokens) = 0;
     [[nodiscard]] virtual bool equals(const base& other) const = 0;
     [[nodiscard]] virtual const std::type_info& type() const = 0;
     [[nodiscard]] virtual bool same_sizes(const base& other) const = 0;
@@ -74,6 +86,23 @@ class any_state {
       return std::make_unique<holder>(state);
     }
     void rollback(std::span<const index_t> n) override { state.rollback(n); }
+    [[nodiscard]] bool can_skip() const override {
+      return requires(S & s, const sequence_layout& layout) {
+        s.skip(layout);
+      };
+    }
+    void skip(const sequence_layout& layout) override {
+      if constexpr (requires { state.skip(layout); }) state.skip(layout);
+    }
+    bool reserve(index_t tokens) override {
+      if constexpr (requires {
+                      { state.reserve(tokens) } -> std::same_as<bool>;
+                    }) {
+        return state.reserve(tokens);
+      } else {
+        return false;
+      }
+    }
     [[nodiscard]] bool equals(const base& other) const override {
       return other.type() == typeid(S) && static_cast<const holder&>(other).state == state;
     }
@@ -114,6 +143,24 @@ class model_state {
     detail::roll_back_each(positions_, n, [](index_t, index_t) {});
     for (any_state& layer : layers_)
       layer.rollback(n);
+  }
+  /// Room for `tokens` tokens of every sequence in all layers whose memory grows with them.
+  /// @return  whether some of it is elsewhere now
+  bool reserve(index_t tokens) {
+    bool moved = false;
+    for (any_state& layer : layers_)
+      moved = layer.reserve(tokens) || moved;
+    return moved;
+  }
+  /// Whether every layer can do what skip() asks.
+  [[nodiscard]] bool can_skip() const {
+    return std::ranges::all_of(layers_, [](const any_state& layer) { return layer.can_skip(); });
+  }
+  /// Counts the tokens of an advance() that a recorded graph has run. @pre can_skip()
+  void skip(const sequence_layout& layout) {
+    positions_.advance(layout);
+    for (any_state& layer : layers_)
+      layer.skip(layout);
   }
   friend bool operator==(const model_state& a, const model_state& b) {
     return a.pattern() == b.pattern() && a.positions_ == b.positions_ && a.layers_ == b.layers_;

@@ -223,8 +223,9 @@ template <Floating T, Backend B>
 
 }  // namespace op
 
-/// The last inputs of a causal convolution, per sequence: a ring of width - 1 + max_rollback rows.
-/// A value: copying is a fork, == compares the inputs that the next token can meet (and positions).
+/// The last inputs of a causal convolution, per sequence: a ring of width - 1 + max_rollback rows,
+/// on CUDA of 16 more, so that one kernel may read it and take a step's inputs. A value: copying is
+/// a fork, == compares the inputs that the next token can meet (and positions).
 template <Floating T, Backend B = cpu>
 class conv_state {
  public:
@@ -237,7 +238,8 @@ class conv_state {
                         std::to_string(channels) +
                         " channels: wanted a width of at least 1 and no negative count");
     }
-    ring_ = tensor<T, 3, B>::zeros(sequences, width - 1 + max_rollback, channels);
+    const index_t more = std::same_as<B, cpu> ? 0 : max_fixed_step;
+    ring_ = tensor<T, 3, B>::zeros(sequences, width - 1 + max_rollback + more, channels);
   }
   conv_state(const conv_state& other)
       : positions_(other.positions_), ring_(other.ring_.clone()), width_(other.width_) {}
@@ -261,6 +263,12 @@ class conv_state {
   void rollback(std::span<const index_t> n) {
     detail::roll_back_each(positions_, n, [](index_t, index_t) {});
   }
+
+  /// Counts the tokens of an advance() that a recorded graph has run.
+  void skip(const sequence_layout& layout) { positions_.advance(layout); }
+  /// For kernels that move the state themselves, (sequences, rows, channels): the input at position
+  /// p is in row p mod rows. They leave the positions to skip().
+  [[nodiscard]] const tensor<T, 3, B>& ring() const { return ring_; }
 
   /// The inputs that the next token meets, (sequences, width - 1, channels), oldest first; a copy.
   [[nodiscard]] tensor<T, 3, B> window() const {
@@ -316,8 +324,7 @@ class conv_state {
     }
     tensor<T, 3, B> y(x.extents());
     apply_conv1d_step(p.ctx, call, ring_, positions_.all(), detail::input_tokens(y));
-    for (index_t i = 0; i < sequences(); ++i)
-      positions_.advance(i, call.layout.length(i));
+    positions_.advance(call.layout);
     return y;
   }
 

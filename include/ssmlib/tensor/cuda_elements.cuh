@@ -42,6 +42,18 @@ __global__ void fill_elements(Bits* to, const __grid_constant__ strided_axes axe
   }
 }
 
+/// Bytes that a launch takes along.
+struct written_bytes {
+  static constexpr std::size_t most = 3840;
+  unsigned char* to;
+  int n;
+  unsigned char bytes[most];
+};
+static __global__ void write_bytes(const __grid_constant__ written_bytes w) {
+  for (int i = static_cast<int>(threadIdx.x); i < w.n; i += static_cast<int>(blockDim.x))
+    w.to[i] = w.bytes[i];
+}
+
 template <class T>
 __global__ void add_elements(T* to, const __grid_constant__ strided_axes to_axes, const T* from,
                              const __grid_constant__ strided_axes from_axes, index_t n) {
@@ -100,6 +112,25 @@ SSMLIB_INLINE void elements<cuda>::fill(void* to, const strided_axes& axes, cons
     std::memcpy(&bits, value, sizeof(Bits));
     fill_elements<Bits><<<blocks, 256, 0, stream>>>(static_cast<Bits*>(to), axes, bits, n);
   });
+}
+
+SSMLIB_INLINE void elements<cuda>::write(void* to, const void* from, std::size_t bytes) {
+  if (bytes == 0) return;
+  const cuda::context ctx = cuda::current();
+  if (bytes > std::size_t{256} << 10) {
+    ctx.copy(to, from, bytes, cudaMemcpyHostToDevice);
+    return ctx.synchronize();
+  }
+  ctx.note_host_copy();
+  written_bytes w;
+  for (std::size_t at = 0; at < bytes; at += written_bytes::most) {
+    const std::size_t n = std::min(bytes - at, written_bytes::most);
+    w.to = static_cast<unsigned char*>(to) + at;
+    w.n = static_cast<int>(n);
+    std::memcpy(w.bytes, static_cast<const unsigned char*>(from) + at, n);
+    write_bytes<<<1, 256, 0, ctx.stream()>>>(w);
+    SSMLIB_CHECK_CUDA(cudaGetLastError());
+  }
 }
 
 template <class T>

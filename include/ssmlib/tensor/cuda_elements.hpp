@@ -19,6 +19,10 @@ struct elements<cuda> {
                    std::size_t element_bytes);
   template <class T>
   static void add(T* to, const strided_axes& to_axes, const T* from, const strided_axes& from_axes);
+  /// Bytes of the host, which may be changed as soon as the call returns: as parameters of kernels,
+  /// without waiting for the device, or where they are many (256 KiB) when the device has them. A
+  /// cudaMemcpyAsync from pageable memory may read it later.
+  static void write(void* to, const void* from, std::size_t bytes);
   /// Nothing is filled yet: what adds to a part first may overwrite it.
   static void zero(const buffer<cuda>& b) {
     if (b.bytes() == 0) return;
@@ -83,14 +87,12 @@ inline void elements<cuda>::fill_unwritten(const buffer<cuda>& b) {
   copy_parts(true);
 }
 
-/// From the host it is queued on the current context's stream.
 template <class T, int R>
 tensor<T, R, cuda> elements<cuda>::from_host(const tensor<T, R, cpu>& t) {
   if (!t) return {};
   const tensor<T, R, cpu> dense = t.contiguous();
   tensor<T, R, cuda> out(t.extents());
-  cuda::current().copy(out.data(), dense.data(), static_cast<std::size_t>(t.size()) * sizeof(T),
-                       cudaMemcpyHostToDevice);
+  write(out.data(), dense.data(), static_cast<std::size_t>(t.size()) * sizeof(T));
   return out;
 }
 template <class T, int R>

@@ -4,9 +4,18 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <memory>
 #include <span>
+#include <utility>
 
 namespace ssm {
+
+namespace detail {
+/// What a backend keeps of a layout where its kernels read it.
+struct layout_copy {
+  virtual ~layout_copy() = default;
+};
+}  // namespace detail
 
 /// How sequences lie in a batch: packed one after another along time, with no padding. Sequence i
 /// is the tokens [begin(i), end(i)); its first token has position first_position(i) (0 for whole
@@ -32,6 +41,15 @@ class sequence_layout {
   /// @throws shape_error  another number of positions than sequences.
   [[nodiscard]] sequence_layout at_positions(std::span<const index_t> first) const;
 
+  /// For backends: the same layout with their own copy of its numbers beside it, so that a model
+  /// makes one for all its layers.
+  [[nodiscard]] sequence_layout with_copy(std::shared_ptr<const detail::layout_copy> copy) const {
+    sequence_layout layout = *this;
+    layout.copy_ = std::move(copy);
+    return layout;
+  }
+  [[nodiscard]] const std::shared_ptr<const detail::layout_copy>& copy() const { return copy_; }
+
   explicit operator bool() const { return static_cast<bool>(offsets_); }
   [[nodiscard]] index_t sequences() const { return offsets_ ? offsets_.extent(0) - 1 : 0; }
   [[nodiscard]] index_t tokens() const { return offsets_ ? offsets_(sequences()) : 0; }
@@ -53,6 +71,7 @@ class sequence_layout {
 
   tensor<index_t, 1> offsets_;
   tensor<index_t, 1> first_;
+  std::shared_ptr<const detail::layout_copy> copy_;
 };
 
 }  // namespace ssm

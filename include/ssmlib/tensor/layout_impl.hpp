@@ -41,6 +41,7 @@ SSMLIB_INLINE sequence_layout sequence_layout::at_positions(std::span<const inde
                       std::to_string(sequences()) + " sequences; give one each");
   }
   sequence_layout layout = *this;
+  layout.copy_.reset();  // of other positions
   layout.first_ = tensor<index_t, 1>(shape<1>{sequences()});
   std::copy(first.begin(), first.end(), layout.first_.data());
   return layout;

@@ -30,7 +30,7 @@ struct delta_reverse_arguments {
 
 /// Whether the tiles of a step over keys and features lie apart, all loads under way at once.
 template <class T>
-inline constexpr bool delta_apart = sizeof(T) < 8;
+inline constexpr bool delta_apart = sizeof(T) == 2;
 
 template <class T>
 std::size_t delta_reverse_shared() {

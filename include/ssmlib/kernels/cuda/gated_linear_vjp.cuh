@@ -36,7 +36,7 @@ struct linear_reverse_memory {
   static constexpr int reals = (side * gate_pitch + 16 * side) * static_cast<int>(sizeof(R));
   // Operands of the products over the features lie apart where there is room, so that all loads
   // are under way at once.
-  static constexpr bool apart = sizeof(T) < 8;
+  static constexpr bool apart = sizeof(T) == 2;
   static constexpr int size = reals + (apart ? 5 : 3) * tiles + pair;
 };
 

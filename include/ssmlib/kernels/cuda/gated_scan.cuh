@@ -95,7 +95,7 @@ struct tile_stream {
 };
 
 template <class T, int Tiles, bool Reads, bool Outer, int Width>
-__global__ void __launch_bounds__(threads, Width == side ? 2 : 1)
+__global__ void __launch_bounds__(threads, Width == side || (sizeof(T) == 2 && Tiles <= 2) ? 2 : 1)
     scan_kernel(const __grid_constant__ scan_arguments<T> o) {
   using R = accum_t<T>;
   using tiles = tile_stream<T, Tiles, Reads, Outer, Width>;
@@ -257,7 +257,7 @@ struct product_arguments {
 };
 
 template <class T, bool Transposed>
-__global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 4 : 1)
+__global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 4 : sizeof(T) == 4 ? 3 : 1)
     product_kernel(const __grid_constant__ product_arguments<T> o) {
   using R = accum_t<T>;
   extern __shared__ __align__(16) unsigned char memory[];

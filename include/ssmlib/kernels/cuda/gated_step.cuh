@@ -34,7 +34,7 @@ SSMLIB_DEVICE index_t head_offset(const view<T, 2>& x, index_t head, index_t hea
 }
 
 template <class T, int Keys, bool Delta>
-__global__ void __launch_bounds__(threads, sizeof(accum_t<T>) == 4 && Keys <= 16 ? 3 : 1)
+__global__ void __launch_bounds__(threads, sizeof(accum_t<T>) == 8 ? 1 : Keys <= 16 ? 3 : 2)
     step_kernel(const __grid_constant__ step_arguments<T> o) {
   using R = accum_t<T>;
   constexpr int warps = threads / 32;

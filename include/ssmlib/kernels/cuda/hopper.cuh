@@ -234,6 +234,9 @@ struct warpgroup_product;
 #define SSMLIB_DETAIL_N112 "%112,%113,%114,%115,%116,%117,%118,%119"
 #define SSMLIB_DETAIL_N120 "%120,%121,%122,%123,%124,%125,%126,%127"
 
+SSMLIB_DETAIL_WARPGROUP_PRODUCT(32, SSMLIB_DETAIL_N0 "," SSMLIB_DETAIL_N8, "%16", "%17", "%18",
+                                "%19", "%20", "%21", "%22", SSMLIB_DETAIL_D8(0),
+                                SSMLIB_DETAIL_D8(8));
 SSMLIB_DETAIL_WARPGROUP_PRODUCT(64,
                                 SSMLIB_DETAIL_N0 "," SSMLIB_DETAIL_N8 "," SSMLIB_DETAIL_N16
                                                  "," SSMLIB_DETAIL_N24,

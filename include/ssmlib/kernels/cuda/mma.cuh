@@ -5,8 +5,8 @@
 #include <cstdint>
 
 /// @file
-/// The instructions of the sm_80 rung: cp.async into shared memory, ldmatrix out of it, and the
-/// 16 x 8 x 16 bf16 product with float sums.
+/// The instructions of the sm_80 rung: cp.async into shared memory, ldmatrix out of it and its
+/// counterpart, and the 16 x 8 x 16 bf16 product with float sums.
 
 namespace ssm::kernels::cuda {
 
@@ -50,6 +50,62 @@ SSMLIB_DEVICE void load_matrix_x4_transposed(std::uint32_t (&r)[4], std::uint32_
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(row_address)
                : "memory");
+}
+
+/// What stmatrix does with one matrix, where there is none: a lane has two neighbours of a row, and
+/// the lanes know where rows begin.
+template <int Matrix>
+SSMLIB_DEVICE void store_matrix_row(std::uint32_t row_address, std::uint32_t pair) {
+  const int lane = threadIdx.x % 32;
+  const std::uint32_t at =
+      __shfl_sync(0xffffffffu, row_address, 8 * Matrix + lane / 4) + 4 * (lane % 4);
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(pair) : "memory");
+}
+template <int Matrix>
+SSMLIB_DEVICE void store_matrix_column(std::uint32_t row_address, std::uint32_t pair) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const std::uint32_t at =
+        __shfl_sync(0xffffffffu, row_address, 8 * Matrix + lane % 4 * 2 + e) + 2 * (lane / 4);
+    const auto number = static_cast<std::uint16_t>(pair >> (16 * e));
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(number) : "memory");
+  }
+}
+
+/// Four 8 x 8 matrices of 16-bit numbers out of registers; lane l names row l % 8 of matrix l / 8.
+SSMLIB_DEVICE void store_matrix_x4(std::uint32_t row_address, std::uint32_t r0, std::uint32_t r1,
+                                   std::uint32_t r2, std::uint32_t r3) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row_address),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+#else
+  store_matrix_row<0>(row_address, r0), store_matrix_row<1>(row_address, r1);
+  store_matrix_row<2>(row_address, r2), store_matrix_row<3>(row_address, r3);
+#endif
+}
+SSMLIB_DEVICE void store_matrix_x2(std::uint32_t row_address, std::uint32_t r0, std::uint32_t r1) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1,%2};" ::"r"(row_address),
+               "r"(r0), "r"(r1)
+               : "memory");
+#else
+  store_matrix_row<0>(row_address, r0), store_matrix_row<1>(row_address, r1);
+#endif
+}
+SSMLIB_DEVICE void store_matrix_x4_transposed(std::uint32_t row_address, std::uint32_t r0,
+                                              std::uint32_t r1, std::uint32_t r2,
+                                              std::uint32_t r3) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row_address),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
+#else
+  store_matrix_column<0>(row_address, r0), store_matrix_column<1>(row_address, r1);
+  store_matrix_column<2>(row_address, r2), store_matrix_column<3>(row_address, r3);
+#endif
 }
 
 /// c += a b for a 16 x 16, b 16 x 8 of bf16. With g = lane / 4, t = lane % 4: c[0..1] is row g,

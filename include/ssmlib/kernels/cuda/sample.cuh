@@ -260,7 +260,35 @@ __global__ void __launch_bounds__(sample_threads) sample_kernel(const sample_pro
   if (threadIdx.x == 0) p.tokens[row] = token;
 }
 
+struct count_arguments {
+  index_t *position, sequences, tokens, *row_sequence, *row_position;
+};
+inline constexpr int count_threads = 128;
+
+/// A thread counts for one sequence.
+static __global__ void __launch_bounds__(count_threads) count_kernel(const count_arguments a) {
+  wait_for_kernel_ahead();
+  let_next_kernel_start();
+  const index_t i = index_t{blockIdx.x} * count_threads + threadIdx.x;
+  if (i >= a.sequences) return;
+  const index_t before = a.position[i];
+  for (index_t j = 0; j < a.tokens; ++j) {
+    a.row_sequence[i * a.tokens + j] = i;
+    a.row_position[i * a.tokens + j] = before + j + 1;
+  }
+  a.position[i] = before + a.tokens;
+}
+
 }  // namespace detail
+
+SSMLIB_INLINE void count_tokens(cudaStream_t stream, index_t* position, index_t sequences,
+                                index_t tokens, index_t* row_sequence, index_t* row_position) {
+  if (sequences == 0) return;
+  const index_t blocks = (sequences + detail::count_threads - 1) / detail::count_threads;
+  launch_overlapped(
+      stream, detail::count_kernel, blocks, detail::count_threads, 0, 1,
+      detail::count_arguments{position, sequences, tokens, row_sequence, row_position});
+}
 
 template <class T>
 void sample_forward(cudaStream_t stream, const sample_problem<T>& p) {

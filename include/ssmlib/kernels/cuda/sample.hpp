@@ -38,4 +38,14 @@ struct sample_problem {
 template <class T>
 void sample_forward(cudaStream_t stream, const sample_problem<T>& p);
 
+/// What a step of `tokens` new tokens a sequence leaves for the next one and for sampling:
+///
+///     position[i] += tokens,   row i * tokens + j is of sequence i at position[i] - tokens + j + 1
+///
+/// @param position       (sequences)
+/// @param row_sequence   (sequences * tokens)
+/// @param row_position   (sequences * tokens): how many tokens there are before the row's draw
+void count_tokens(cudaStream_t stream, index_t* position, index_t sequences, index_t tokens,
+                  index_t* row_sequence, index_t* row_position);
+
 }  // namespace ssm::kernels::cuda

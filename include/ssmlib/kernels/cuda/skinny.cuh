@@ -2,8 +2,8 @@
 
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/base/error.hpp>
-#include <ssmlib/kernels/cuda/skinny_cluster.cuh>
 #include <ssmlib/kernels/cuda/skinny_stream.cuh>
+#include <ssmlib/kernels/cuda/skinny_warpgroup.cuh>
 
 #include <algorithm>
 #include <cstdint>
@@ -95,37 +95,27 @@ template <class X, class W, class Y>
   }
 }
 
-/// Rows of f(x) in the cluster kernel's workspace; 0: blocks make it themselves.
+/// Whether m rows of f(x) and a ring worth having fit a block of the stream kernel.
+[[nodiscard]] inline bool stream_fits(index_t m, index_t k, rung most) {
+  const std::size_t room = usable_rung(most) < rung::sm_90a ? 96 * 1024 : 200 * 1024;
+  return m <= skinny_stream_rows &&
+         stream_shared_bytes(6, static_cast<int>(m), static_cast<int>(k)) <= room;
+}
+
+/// Rows of f(x) in the warpgroup kernel's workspace; 0: blocks make it themselves.
 [[nodiscard]] inline index_t packed_rows(index_t m, index_t k, rung most) {
-  if (usable_rung(most) < rung::sm_90a) return 0;
-  // Beyond this f(x) and a ring worth having do not fit a block.
-  if (m <= skinny_stream_rows &&
-      stream_shared_bytes(6, static_cast<int>(m), static_cast<int>(k)) <= 200 * 1024) {
-    return 0;
-  }
-  return m <= 16 ? 16 : m <= 32 ? 32 : 64;
+  if (usable_rung(most) < rung::sm_90a || stream_fits(m, k, most)) return 0;
+  return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
 }
 
 template <class X, class Y>
-void launch_stream(cudaStream_t stream, skinny_arguments<X, bf16, Y> a, rung most) {
-  const int tiles = (a.n + 15) / 16, blocks = std::min(multiprocessors(), tiles);
+void launch_stream(cudaStream_t stream, const skinny_arguments<X, bf16, Y>& a) {
+  const int blocks = std::min(multiprocessors(), (a.n + 7) / 8);
   const auto launch = [&](auto rows, auto depth) {
     constexpr int Rows = decltype(rows)::value, Depth = decltype(depth)::value;
     launch_overlapped(stream, skinny_stream_kernel<Rows, Depth, X, Y>, blocks, skinny_threads,
                       stream_shared_bytes(Depth, a.m, a.k), 1, a);
   };
-  if (usable_rung(most) < rung::sm_90a) {
-    // No clusters: eight rows after the other, which read w as often.
-    const int rows = a.m;
-    for (int first = 0; first < rows; first += static_cast<int>(skinny_stream_rows)) {
-      a.m = std::min(static_cast<int>(skinny_stream_rows), rows - first);
-      launch(std::integral_constant<int, 8>{}, std::integral_constant<int, 3>{});
-      a.x += a.m * a.x_step, a.y += a.m * a.y_step;
-      if (a.gate != nullptr) a.gate += a.m * a.gate_step;
-      if (a.residual != nullptr) a.residual += a.m * a.residual_step;
-    }
-    return;
-  }
   // As deep as leaves half of a multiprocessor's memory to the product behind, at usual sizes.
   using std::integral_constant;
   if (a.m == 1) {
@@ -136,6 +126,23 @@ void launch_stream(cudaStream_t stream, skinny_arguments<X, bf16, Y> a, rung mos
     launch(integral_constant<int, 4>{}, integral_constant<int, 4>{});
   } else {
     launch(integral_constant<int, 8>{}, integral_constant<int, 3>{});
+  }
+}
+
+/// The stream kernel for as many rows at a time as it takes.
+template <class X, class Y>
+void launch_pieces(cudaStream_t stream, const skinny_arguments<X, bf16, Y>& a, rung most) {
+  int rows = static_cast<int>(skinny_stream_rows);
+  while (rows > 1 && !stream_fits(rows, a.k, most))
+    rows /= 2;
+  for (int first = 0; first < a.m; first += rows) {
+    skinny_arguments<X, bf16, Y> piece = a;
+    piece.m = std::min(rows, a.m - first);
+    piece.x += first * a.x_step;
+    piece.y += first * a.y_step;
+    if (piece.gate != nullptr) piece.gate += first * a.gate_step;
+    if (piece.residual != nullptr) piece.residual += first * a.residual_step;
+    launch_stream(stream, piece);
   }
 }
 
@@ -155,13 +162,7 @@ void launch_packed(cudaStream_t stream, skinny_arguments<X, bf16, Y> a, index_t 
   packed.m = a.m, packed.n = a.n, packed.k = a.k, packed.group = a.group;
   packed.normalise = a.normalise, packed.early = a.early;
   packed.packed = a.packed, packed.scales = a.scales;
-  if (rows == 16) {
-    launch_cluster<2>(stream, packed);
-  } else if (rows == 32) {
-    launch_cluster<4>(stream, packed);
-  } else {
-    launch_cluster<8>(stream, packed);
-  }
+  launch_warpgroup(stream, packed, static_cast<int>(rows));
 }
 
 template <class X, class W, class Y>
@@ -201,7 +202,7 @@ void skinny_forward(cudaStream_t stream, const skinny_problem<X, W, Y>& p, void*
   if constexpr (std::is_same_v<W, bf16>) {
     if (detail::skinny_by_tiles(p)) {
       const index_t rows = detail::packed_rows(a.m, a.k, p.most);
-      rows == 0 ? detail::launch_stream(stream, a, p.most) : detail::launch_packed(stream, a, rows);
+      rows == 0 ? detail::launch_pieces(stream, a, p.most) : detail::launch_packed(stream, a, rows);
       return;
     }
   }

@@ -48,15 +48,17 @@ struct skinny_arguments {
 
 inline constexpr int skinny_threads = 256;
 
-// Units of 64 columns of k go to eight chains of sums in turn, u to chain u % 8. A chain adds in
-// order of k; the chains are added in order. This is all that decides the bits of a product.
+// Units of 64 columns of k are divided among eight chains of sums. A chain adds in order of k,
+// sixteen columns at a time; the chains of each half of k are added in order, then the halves. This
+// is all that decides the bits of a product.
 inline constexpr int skinny_unit = 64, skinny_chains = 8;
 
 [[nodiscard]] __host__ __device__ constexpr int skinny_units(int k) {
   return (k + skinny_unit - 1) / skinny_unit;
 }
-[[nodiscard]] SSMLIB_DEVICE int units_of_chain(int k, int chain) {
-  return (skinny_units(k) - chain + skinny_chains - 1) / skinny_chains;
+/// The first unit of a chain; of chain 8: the end of the last.
+[[nodiscard]] SSMLIB_DEVICE int chain_begin(int k, int chain) {
+  return static_cast<int>(index_t{skinny_units(k)} * chain / skinny_chains);
 }
 
 /// Asks for 16 to 2^20 bytes, a multiple of 16, to be brought to the second-level cache.
@@ -66,37 +68,53 @@ SSMLIB_DEVICE void bring_to_cache(const void* p, int bytes) {
 #endif
 }
 
-SSMLIB_DEVICE void load_8(const bf16* p, float (&v)[8]) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(p);
-  const std::uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+/// Eight columns as they came from memory.
+template <class X>
+struct raw_8;
+template <>
+struct raw_8<bf16> {
+  uint4 words;
+
+  SSMLIB_DEVICE void load(const bf16* p) { words = *reinterpret_cast<const uint4*>(p); }
+  SSMLIB_DEVICE void unpack(float (&v)[8]) const {
+    const std::uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = __uint_as_float(words[i] << 16);
-    v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    for (int i = 0; i < 4; ++i) {
+      v[2 * i] = __uint_as_float(pairs[i] << 16);
+      v[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
   }
-}
-SSMLIB_DEVICE void load_8(const float* p, float (&v)[8]) {
-  const float4 a = reinterpret_cast<const float4*>(p)[0];
-  const float4 b = reinterpret_cast<const float4*>(p)[1];
-  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
-  v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-}
+};
+template <>
+struct raw_8<float> {
+  float4 words[2];
+
+  SSMLIB_DEVICE void load(const float* p) {
+    words[0] = reinterpret_cast<const float4*>(p)[0];
+    words[1] = reinterpret_cast<const float4*>(p)[1];
+  }
+  SSMLIB_DEVICE void unpack(float (&v)[8]) const {
+    v[0] = words[0].x, v[1] = words[0].y, v[2] = words[0].z, v[3] = words[0].w;
+    v[4] = words[1].x, v[5] = words[1].y, v[6] = words[1].z, v[7] = words[1].w;
+  }
+};
 
 /// Eight columns of x * silu(gate).
 template <class A>
 SSMLIB_DEVICE void gated_8(const A& a, int row, int column, float (&v)[8]) {
-  load_8(a.x + row * a.x_step + column, v);
+  using raw = raw_8<std::remove_const_t<std::remove_pointer_t<decltype(a.x)>>>;
+  raw x, gate;
+  x.load(a.x + row * a.x_step + column);
+  if (a.gate != nullptr) gate.load(a.gate + row * a.gate_step + column);
+  x.unpack(v);
   if (a.gate == nullptr) return;
   float z[8];
-  load_8(a.gate + row * a.gate_step + column, z);
+  gate.unpack(z);
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     v[i] *= z[i] / (1.0f + expf(-z[i]));
 }
 
-[[nodiscard]] SSMLIB_DEVICE uint4 shared_16(const unsigned char* p) {
-  return *reinterpret_cast<const uint4*>(p);
-}
 SSMLIB_DEVICE void add_squares(const float (&v)[8], float& sum) {
 #pragma unroll
   for (int i = 0; i < 8; ++i)
@@ -112,93 +130,121 @@ SSMLIB_DEVICE void add_squares(const float (&v)[8], float& sum) {
   return 1.0f / sqrtf(sum / static_cast<float>(count) + epsilon);
 }
 
+/// Eight columns of f(x) in bf16.
+[[nodiscard]] SSMLIB_DEVICE uint4 packed_8(const float (&v)[8], float scale,
+                                           const float (&weight)[8]) {
+  float y[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    y[i] = v[i] * scale * weight[i];
+  return make_uint4(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]),
+                    pack_bf16(y[6], y[7]));
+}
+
+/// Weights of the normalisation, ones where there are none.
+template <class A>
+SSMLIB_DEVICE void norm_weights(const A& a, int column, float (&weight)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    weight[i] = 1.0f;
+  if (a.norm_weight == nullptr) return;
+  raw_8<float> raw;
+  raw.load(a.norm_weight + column);
+  raw.unpack(weight);
+}
+
+/// The sums of squares of a warp's columns of a row, for row_scale().
+SSMLIB_DEVICE void keep_squares(float squares, float* sums, int row) {
+  const float sum = warp_sum(squares);
+  if (threadIdx.x % 32 == 0) sums[row * 8 + threadIdx.x / 32] = sum;
+}
+
+/// make_rows() where f(x) needs no factor before it is rounded: the loads of several rows or pieces
+/// of a row are under way together.
+template <int Rows, class A, class Store>
+SSMLIB_DEVICE void make_plain_rows(const A& a, int first, int rows, float* sums, Store store) {
+  using raw = raw_8<std::remove_const_t<std::remove_pointer_t<decltype(a.x)>>>;
+  constexpr int ahead = Rows == 1 ? 3 : Rows == 2 ? 2 : 1;  // pieces of a row
+  float squares[Rows] = {};
+#pragma unroll 1
+  for (int c = 8 * static_cast<int>(threadIdx.x); c < a.k; c += ahead * 8 * skinny_threads) {
+    raw x[ahead][Rows];
+    float weight[ahead][8];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) {
+      const int column = min(c + i * 8 * skinny_threads, a.k - 8);
+#pragma unroll
+      for (int r = 0; r < Rows; ++r)
+        x[i][r].load(a.x + (first + min(r, rows - 1)) * a.x_step + column);
+      norm_weights(a, column, weight[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) {
+      const int column = c + i * 8 * skinny_threads;
+      if (column >= a.k) break;
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) {
+        float v[8];
+        x[i][r].unpack(v);
+        add_squares(v, squares[r]);
+        if (r < rows) store(r, column, packed_8(v, 1.0f, weight[i]));
+      }
+    }
+  }
+  if (!a.scaled_last()) return;
+#pragma unroll
+  for (int r = 0; r < Rows; ++r)
+    keep_squares(squares[r], sums, r);
+}
+
 /// f(x) of rows [first, first + rows), 1 <= rows <= Rows, in bf16, eight columns at a time, by a
 /// block of skinny_threads: store(row - first, column, bits). Where scaled_last(), without the
 /// factors: their sums of squares are left in `sums`, eight a row, behind a barrier that the caller
 /// must add. Statistics are taken once a row, in an order that does not depend on the other rows.
+///
+/// Code runs once a launch here, so that its length is its time: loops stay loops.
 /// @param sums  shared memory for Rows * 8 floats
 template <int Rows, class A, class Store>
 SSMLIB_DEVICE void make_rows(const A& a, int first, int rows, float* sums, Store store) {
-  constexpr int ahead = Rows == 1 ? 3 : Rows == 2 ? 2 : 1;  // pieces of a row that are on their way
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool last = a.scaled_last();
-  // f(piece, row, column, values, weights) for eight columns; all loads of a step before its work.
-  const auto for_pieces = [&](int begin, bool weigh, auto f) {
-    for (int c = 8 * static_cast<int>(threadIdx.x); c < a.group; c += ahead * 8 * skinny_threads) {
-      float v[ahead][Rows][8], weight[ahead][8];
-#pragma unroll
-      for (int i = 0; i < ahead; ++i) {
-        const int column = begin + min(c + i * 8 * skinny_threads, a.group - 8);
-#pragma unroll
-        for (int e = 0; e < 8; ++e)
-          weight[i][e] = 1.0f;
-        if (weigh && a.norm_weight != nullptr) load_8(a.norm_weight + column, weight[i]);
-#pragma unroll
-        for (int r = 0; r < Rows; ++r)
-          gated_8(a, first + min(r, rows - 1), column, v[i][r]);
-      }
-#pragma unroll
-      for (int i = 0; i < ahead; ++i) {
-        const int column = c + i * 8 * skinny_threads;
-#pragma unroll
-        for (int r = 0; r < Rows; ++r) {
-          if (column < a.group && r < rows) f(r, begin + column, v[i][r], weight[i]);
+  if (a.gate == nullptr && (last || !a.normalise)) {
+    make_plain_rows<Rows>(a, first, rows, sums, store);
+    return;
+  }
+#pragma unroll 1
+  for (int r = 0; r < rows; ++r) {
+#pragma unroll 1
+    for (int begin = 0; begin < a.k; begin += a.group) {
+      const int end = begin + a.group;
+      float scale = 1.0f, squares = 0.0f, v[8], weight[8];
+      if (a.normalise && !last) {
+#pragma unroll 1
+        for (int c = begin + 8 * static_cast<int>(threadIdx.x); c < end; c += 8 * skinny_threads) {
+          gated_8(a, first + r, c, v);
+          add_squares(v, squares);
         }
+        keep_squares(squares, sums, r);
+        __syncthreads();
+        scale = row_scale(sums + r * 8, a.group, a.epsilon);
+        __syncthreads();
       }
-    }
-  };
-  for (int begin = 0; begin < a.k; begin += a.group) {
-    float scale[Rows], squares[Rows] = {};
-#pragma unroll
-    for (int r = 0; r < Rows; ++r)
-      scale[r] = 1.0f;
-    const auto sum_squares = [&]() {
-#pragma unroll
-      for (int r = 0; r < Rows; ++r) {
-        const float sum = warp_sum(squares[r]);
-        if (lane == 0) sums[r * 8 + warp] = sum;
+#pragma unroll 1
+      for (int c = begin + 8 * static_cast<int>(threadIdx.x); c < end; c += 8 * skinny_threads) {
+        gated_8(a, first + r, c, v);
+        norm_weights(a, c, weight);
+        if (last) add_squares(v, squares);
+        store(r, c, packed_8(v, scale, weight));
       }
-    };
-    if (a.normalise && !last) {
-      for_pieces(begin, false, [&](int r, int, const float(&v)[8], const float(&)[8]) {
-        add_squares(v, squares[r]);
-      });
-      sum_squares();
-      __syncthreads();
-#pragma unroll
-      for (int r = 0; r < Rows; ++r)
-        scale[r] = row_scale(sums + r * 8, a.group, a.epsilon);
-    }
-    for_pieces(begin, true, [&](int r, int column, const float(&v)[8], const float(&weight)[8]) {
-      if (last) add_squares(v, squares[r]);
-      float y[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        y[i] = v[i] * scale[r] * weight[i];
-      store(r, column,
-            make_uint4(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]),
-                       pack_bf16(y[6], y[7])));
-    });
-    if (last) {
-      sum_squares();
-    } else if (a.normalise) {
-      __syncthreads();
+      if (last) keep_squares(squares, sums, r);
     }
   }
 }
 
-// Sixteen rows of w by eight rows of x over 32 columns: a lane's 16 bytes of a row are the operands
-// of two instructions, the same columns of w and x in each.
-SSMLIB_DEVICE void multiply_first_half(float (&sums)[4], uint4 low, uint4 high, uint4 x) {
-  multiply_add_16x8x16(sums, {low.x, high.x, low.y, high.y}, x.x, x.y);
-}
-SSMLIB_DEVICE void multiply_second_half(float (&sums)[4], uint4 low, uint4 high, uint4 x) {
-  multiply_add_16x8x16(sums, {low.z, high.z, low.w, high.w}, x.z, x.w);
-}
-
-/// Element of f(x) in the workspace of the cluster kernel: 32 columns of all rows lie together.
+/// Place of element of f(x) in the warpgroup kernel's workspace: a unit of all rows lies together,
+/// permuted as the products read it from shared memory.
 [[nodiscard]] SSMLIB_DEVICE index_t packed_offset(int padded_rows, int row, int column) {
-  return (index_t{column / 32} * padded_rows + row) * 32 + column % 32;
+  const int chunk = column % skinny_unit / 8 ^ (row & 7);
+  return (index_t{column / skinny_unit} * padded_rows + row) * skinny_unit + chunk * 8 + column % 8;
 }
 
 /// f(x) in bf16, zeros in padding rows and columns; a block a row.
@@ -212,8 +258,12 @@ __global__ void __launch_bounds__(skinny_threads) pack_rows_kernel(const pack_ro
   __shared__ float sums[8];
   // The product that follows may read its weights from now on: it reads nothing else early.
   let_next_kernel_start();
+  if (p.a.norm_weight != nullptr && p.a.early) {
+    for (int c = 64 * static_cast<int>(threadIdx.x); c + 64 <= p.a.k; c += 64 * skinny_threads)
+      bring_to_cache(p.a.norm_weight + c, 256);
+  }
   wait_for_kernel_ahead();
-  const int row = blockIdx.x, padded_k = 2 * 32 * skinny_units(p.a.k);
+  const int row = blockIdx.x, padded_k = skinny_unit * skinny_units(p.a.k);
   auto* const packed = static_cast<bf16*>(p.a.packed);
   const auto store = [&](int column, uint4 bits) {
     *reinterpret_cast<uint4*>(packed + packed_offset(p.padded_rows, row, column)) = bits;

@@ -13,13 +13,14 @@ namespace ssm::kernels::cuda::detail {
                                   skinny_chains * 128 * 4 + 64 * 4);
 }
 
-/// Sixteen rows of w, 64 columns, as a warp copies and reads them: two halves of 32 columns, in
-/// the second neighbouring rows exchanged, so that no two lanes of a phase meet in a bank.
-[[nodiscard]] SSMLIB_DEVICE int weight_place(int half, int row) {
-  return half * 1024 + (row ^ half) * 64;
+/// Eight columns of a row of 64: chunks are permuted so that the rows of a matrix load meet
+/// different banks.
+[[nodiscard]] SSMLIB_DEVICE int chunk_place(int row, int chunk) {
+  return row * 128 + (chunk ^ (row & 7)) * 16;
 }
 
-/// Warp w works for chain w on the tiles (16 rows of w) of its block.
+/// Warp w works for chain w on the tiles (up to 16 rows of w) of its block. Blocks have equal
+/// shares of the rows, and cut them into equal tiles.
 ///
 /// A warp's ring holds the next Depth - 1 units of its chain, over the borders of tiles; the first
 /// of them are on their way before the kernel ahead has finished.
@@ -32,24 +33,31 @@ __global__ void __launch_bounds__(skinny_threads, 2)
   unsigned char* const xs = shared + 8 * Depth * 2048;
   float* const sums = reinterpret_cast<float*>(xs + a.m * 2 * 64 * skinny_units(a.k));
   float* const squares = sums + skinny_chains * 128;
-  const int tiles = (a.n + 15) / 16, step = gridDim.x;
-  const int units = units_of_chain(a.k, chain);
+  const int begin = static_cast<int>(index_t{a.n} * blockIdx.x / gridDim.x);
+  const int end = static_cast<int>(index_t{a.n} * (blockIdx.x + 1) / gridDim.x);
+  const int tiles = (end - begin + 15) / 16, height = (end - begin + tiles - 1) / max(tiles, 1);
+  const int first_unit = chain_begin(a.k, chain);
+  const int units = chain_begin(a.k, chain + 1) - first_unit;
 
   // The next unit to copy, and this lane's place in it: four rows, 16 bytes each.
-  const int copy_row = lane / 8, copy_chunk = lane % 8, copy_half = copy_chunk / 4;
-  int copy_tile = blockIdx.x, copy_unit = 0, copy_slot = 0;
+  const int copy_row = lane / 8, copy_chunk = lane % 8;
+  int copy_tile = begin, copy_unit = 0, copy_slot = 0;
   const auto copy_next = [&]() {
-    if (copy_tile < tiles && units > 0) {
-      const int column = (copy_unit * skinny_chains + chain) * skinny_unit + copy_chunk * 8;
-      const bf16* const from = a.w + index_t{copy_tile * 16 + copy_row} * a.w_step + column;
+    if (copy_tile < end && units > 0) {
+      const int column = (first_unit + copy_unit) * skinny_unit + copy_chunk * 8;
+      const int rows = min(height, end - copy_tile);
+      const bool valid = column < a.k;
+      const bf16* const from =
+          valid ? a.w + index_t{copy_tile + copy_row} * a.w_step + column : a.w;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = copy_row + 4 * i;
-        const bool valid = copy_tile * 16 + row < a.n && column < a.k;
-        copy_async_16(ring + copy_slot * 2048 + weight_place(copy_half, row) + copy_chunk % 4 * 16,
-                      valid ? from + 4 * i * a.w_step : a.w, valid);
+        if (row < rows) {
+          copy_async_16(ring + copy_slot * 2048 + chunk_place(row, copy_chunk),
+                        valid ? from + 4 * i * a.w_step : from, valid);
+        }
       }
-      if (++copy_unit == units) copy_unit = 0, copy_tile += step;
+      if (++copy_unit == units) copy_unit = 0, copy_tile += height;
       if (++copy_slot == Depth) copy_slot = 0;
     }
     commit_copies();
@@ -58,17 +66,20 @@ __global__ void __launch_bounds__(skinny_threads, 2)
   for (int s = 0; s < Depth - 1; ++s)
     copy_next();
   // While the memory rests before x is there, it may bring more weights nearer.
-  if (a.early && threadIdx.x < 16) {
-    constexpr int budget = 96 * 1024, in_ring = (Depth - 1) * skinny_chains * skinny_unit;
-    int column = min(a.k, in_ring);
-    int left = budget;
-    for (int tile = blockIdx.x; tile < tiles && left > 0; tile += step, column = 0) {
-      const int count = min(a.k - column, left / 32);
-      const int row = tile * 16 + threadIdx.x;
-      if (count >= 8 && row < a.n) bring_to_cache(a.w + row * a.w_step + column, count / 8 * 16);
-      left -= max(count, 1) * 32;
+  if (a.early && threadIdx.x < 16 * skinny_chains) {
+    const int its_chain = threadIdx.x / 16, row = threadIdx.x % 16;
+    const int from = chain_begin(a.k, its_chain), to = chain_begin(a.k, its_chain + 1);
+    int left = 128 * 1024 / (skinny_chains * 128), in_ring = Depth - 1;
+    for (int tile = begin; tile < end && left > 0; tile += height, in_ring = 0) {
+      const int rows = min(height, end - tile), first = from + in_ring;
+      const int column = first * skinny_unit, count = min(to - first, left / rows) * skinny_unit;
+      const int whole = min(count, a.k - column);
+      if (row < rows && whole >= 8)
+        bring_to_cache(a.w + (tile + row) * a.w_step + column, whole * 2);
+      left -= rows * max(skinny_units(a.k) / skinny_chains - in_ring, 1);
     }
-    for (int c = 64 * threadIdx.x; a.norm_weight != nullptr && c + 64 <= a.k; c += 64 * 16)
+    for (int c = 64 * threadIdx.x; a.norm_weight != nullptr && c + 64 <= a.k;
+         c += 64 * 16 * skinny_chains)
       bring_to_cache(a.norm_weight + c, 256);
   }
 
@@ -76,7 +87,8 @@ __global__ void __launch_bounds__(skinny_threads, 2)
   // Early, so that the next product is in place when this one ends.
   let_next_kernel_start();
   const auto place = [&](int row, int column) {
-    return reinterpret_cast<uint4*>(xs + (column / 32 * a.m + row) * 64 + column % 32 * 2);
+    return reinterpret_cast<uint4*>(xs + column / skinny_unit * a.m * 128 +
+                                    chunk_place(row, column % skinny_unit / 8));
   };
   make_rows<Rows>(a, 0, a.m, squares,
                   [&](int row, int column, uint4 bits) { *place(row, column) = bits; });
@@ -86,16 +98,18 @@ __global__ void __launch_bounds__(skinny_threads, 2)
   }
   __syncthreads();
 
+  // This lane's rows of the matrices of a load: of w, and of x where two instructions' come at
+  // once.
   const int g = lane / 4, t = lane % 4;
-  const unsigned char* const x_lane = xs + min(g, a.m - 1) * 64 + t * 16;
+  const int w_row = lane % 16, w_chunk = lane / 16, x_row = min(lane % 8, a.m - 1);
   const int out_row = threadIdx.x % 16, out_column = threadIdx.x / 16;
   const float scale = a.scaled_last() && out_column < a.m
                           ? row_scale(squares + out_column * 8, a.k, a.epsilon)
                           : 1.0f;
   int slot = 0;
-  for (int tile = blockIdx.x; tile < tiles; tile += step) {
-    const int j = tile * 16 + out_row;
-    const bool mine = out_column < a.m && j < a.n;
+  for (int tile = begin; tile < end; tile += height) {
+    const int j = tile + out_row;
+    const bool mine = out_column < a.m && out_row < height && j < end;
     float bias = 0, residual = 0;
     if (mine && a.bias != nullptr) bias = a.bias[j];
     if (mine && a.residual != nullptr) {
@@ -106,20 +120,18 @@ __global__ void __launch_bounds__(skinny_threads, 2)
       wait_copies<Depth - 2>();
       __syncwarp();
       copy_next();
-      const unsigned char* const weights = ring + slot * 2048 + t * 16;
-      uint4 low[2], high[2], x[2];
+      const std::uint32_t weights = shared_address(ring + slot * 2048);
+      const std::uint32_t rows = shared_address(xs + (first_unit + u) * a.m * 128);
+      std::uint32_t w[4][4], x[2][4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int block = (u * skinny_chains + chain) * 2 + half;
-        low[half] = shared_16(weights + weight_place(half, g));
-        high[half] = shared_16(weights + weight_place(half, g + 8));
-        x[half] = shared_16(x_lane + block * a.m * 64);
-      }
+      for (int k = 0; k < 4; ++k)
+        load_matrix_x4(w[k], weights + chunk_place(w_row, 2 * k + w_chunk));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        multiply_first_half(dot, low[half], high[half], x[half]);
-        multiply_second_half(dot, low[half], high[half], x[half]);
-      }
+      for (int k = 0; k < 2; ++k)
+        load_matrix_x4(x[k], rows + chunk_place(x_row, 4 * k + lane / 8));
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        multiply_add_16x8x16(dot, w[k], x[k / 2][k % 2 * 2], x[k / 2][k % 2 * 2 + 1]);
       if (++slot == Depth) slot = 0;
     }
     float* const to = sums + chain * 128 + g * 8 + 2 * t;
@@ -128,10 +140,15 @@ __global__ void __launch_bounds__(skinny_threads, 2)
     __syncthreads();
     if (mine) {
       const float* const from = sums + out_row * 8 + out_column;
-      float value = from[0];
+      float halves[2];
 #pragma unroll
-      for (int c = 1; c < skinny_chains; ++c)
-        value += from[c * 128];
+      for (int h = 0; h < 2; ++h) {
+        halves[h] = from[h * (skinny_chains / 2) * 128];
+#pragma unroll
+        for (int c = 1; c < skinny_chains / 2; ++c)
+          halves[h] += from[(h * (skinny_chains / 2) + c) * 128];
+      }
+      const float value = halves[0] + halves[1];
       a.y[out_column * a.y_step + j] = narrow<Y>(a.finished(value, scale, bias, residual));
     }
     __syncthreads();

@@ -2,7 +2,7 @@
 
 #include <ssmlib/base/compiled.hpp>
 #include <ssmlib/base/error.hpp>
-#include <ssmlib/kernels/cuda/ssd_step_fast.cuh>
+#include <ssmlib/kernels/cuda/ssd_step_stream.cuh>
 
 #include <cstdint>
 #include <limits>
@@ -18,21 +18,25 @@ void check_step(const ssd_step_problem<T, S>& p) {
   const auto rows = [](const auto& v, index_t columns) {
     return v.extent(1) == columns && (v.stride(1) == 1 || columns <= 1);
   };
-  const bool fits = p.heads > 0 && p.groups > 0 && p.heads % p.groups == 0 &&
-                    rows(p.xbc, channels) && rows(p.dt, p.heads) && rows(p.y, inner) &&
-                    (!p.z || rows(p.z, inner)) && p.ring.inputs.extent(0) == p.sequences &&
-                    p.ring.inputs.extent(2) == channels &&
-                    p.state.extents == shape<4>{p.sequences, p.heads, p.key_size, p.features} &&
-                    (p.state.stride(3) == 1 || p.features == 1) &&
-                    (p.pending == nullptr ||
-                     p.ring.dt.extents == shape<3>{p.sequences, p.ring.inputs.extent(1), p.heads});
+  const bool fits =
+      p.heads > 0 && p.groups > 0 && p.heads % p.groups == 0 && rows(p.xbc, channels) &&
+      rows(p.dt, p.heads) && rows(p.y, inner) && (!p.z || rows(p.z, inner)) &&
+      p.ring.inputs.extent(0) == p.sequences && p.ring.inputs.extent(2) == channels &&
+      p.state.extents == shape<4>{p.sequences, p.heads, p.key_size, p.features} &&
+      (p.state.stride(3) == 1 || p.features == 1) &&
+      (p.slots == 0 ||
+       (p.snapshots.extents == shape<4>{p.slots * p.sequences, p.heads, p.key_size, p.features} &&
+        (p.snapshots.stride(3) == 1 || p.features == 1))) &&
+      (p.pending == nullptr ||
+       p.ring.dt.extents == shape<3>{p.sequences, p.ring.inputs.extent(1), p.heads});
   if (!fits) {
     throw shape_error(
         "ssm: ssd_step_forward: with " + std::to_string(p.sequences) + " sequences, " +
         std::to_string(p.heads) + " heads of " + std::to_string(p.features) + " features, " +
         std::to_string(p.groups) + " groups and key size " + std::to_string(p.key_size) +
         " xbc is " + to_string(p.xbc.extents) + ", the ring " + to_string(p.ring.inputs.extents) +
-        ", the state " + to_string(p.state.extents) +
+        ", the state " + to_string(p.state.extents) + ", the snapshots " +
+        to_string(p.snapshots.extents) +
         "; wanted channels heads * features + 2 groups * key size and a state of (sequences x "
         "heads x key size x features)");
   }
@@ -94,7 +98,16 @@ template <class T, class S>
           p.y.data,
           p.y.stride(0),
           p.pending,
-          p.early};
+          p.early,
+          p.tap_step == 0 ? p.xbc.extent(1) : p.tap_step,
+          p.tap_channel,
+          p.a_is_log,
+          p.snapshots.data,
+          p.snapshots.stride(0),
+          p.snapshots.stride(1),
+          p.snapshots.stride(2),
+          whole(p.slots),
+          whole(p.sequences)};
 }
 
 template <class T, class S>
@@ -105,14 +118,16 @@ template <class T, class S>
   return aligned;
 }
 
-/// One token takes as many heads a block as still fill the card; several take one.
+/// One token of many sequences streams the states; of fewer, a block takes as many heads as still
+/// fill the card. Several tokens take a block a head.
 template <class T, class S, int P, int N>
 void launch_step(cudaStream_t stream, const step_arguments<T, S>& a, index_t heads) {
   constexpr int threads = P * N / (8 * step_keys), most = sizeof(S) == 2 ? 4 : 2;
-  if (a.tokens != 1 || a.offsets != nullptr || a.pending != nullptr) {
+  if (a.tokens != 1 || a.offsets != nullptr || a.pending != nullptr || a.slots > 0) {
     launch_overlapped(stream, step_kernel<T, S, P, N>, heads, threads, 0, 1, a);
     return;
   }
+  if (launch_state_stream<T, S, P, N>(stream, a, heads)) return;
   const auto launch = [&](auto count, int wanted) {
     constexpr int Heads = decltype(count)::value;
     if constexpr (Heads * P > threads || Heads > most) {
@@ -148,7 +163,8 @@ void ssd_step_forward(cudaStream_t stream, const ssd_step_problem<T, S>& p) {
       return true;
     };
     using std::integral_constant;
-    const bool fast = p.width <= detail::step_width && detail::state_aligned<T>(p.state);
+    const bool fast = p.width <= detail::step_width && detail::state_aligned<T>(p.state) &&
+                      (p.slots == 0 || detail::state_aligned<T>(p.snapshots));
     if (fast && (launch(integral_constant<int, 64>{}, integral_constant<int, 128>{}) ||
                  launch(integral_constant<int, 64>{}, integral_constant<int, 64>{}) ||
                  launch(integral_constant<int, 64>{}, integral_constant<int, 256>{}) ||

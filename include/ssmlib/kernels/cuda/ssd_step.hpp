@@ -37,11 +37,14 @@ struct ssd_step_problem {
   view<const T, 2> xbc;  // (tokens, heads * features + 2 * groups * key_size), unit inner stride
   view<const T, 2> dt;   // (tokens, heads), unit inner stride
   view<const T, 2> z;    // (tokens, heads * features), unit inner stride, or absent: no gate
-  const real* taps = nullptr;       // (width, channels), the last for the token itself; 1 <= width
-  const real* conv_bias = nullptr;  // (channels) or absent
+  const real* taps = nullptr;  // of tap j and channel c at j * tap_step + c * tap_channel; the last
+                               // tap is for the token itself; 1 <= width
+  index_t tap_step = 0, tap_channel = 1;  // a step of 0: the number of channels
+  const real* conv_bias = nullptr;        // (channels) or absent
   index_t width = 4;
   bool activate = true;           // silu after the convolution
   const real* a = nullptr;        // (heads), < 0 for a stable recurrence
+  bool a_is_log = false;          // `a` holds log(-a)
   const real* dt_bias = nullptr;  // (heads) or absent
   const real* d = nullptr;        // (heads) or absent
   real low = real(0), high = std::numeric_limits<real>::infinity();
@@ -50,6 +53,11 @@ struct ssd_step_problem {
   const index_t* position = nullptr;  // (sequences): tokens taken before this call
   view<S, 4> state;                   // (sequences, heads, key size, features), unit inner stride
   view<T, 2> y;                       // (tokens, heads * features), unit inner stride
+
+  /// Rollback by snapshots: before the token at position p of sequence i is taken, the state goes
+  /// to row (p mod slots) * sequences + i. Of a call's tokens, the last `slots` leave theirs.
+  view<S, 4> snapshots;  // (slots * sequences, heads, key size, features), unit inner stride
+  index_t slots = 0;
 
   /// Rollback by replay: the state stands pending[i] tokens before position[i], whose inputs are
   /// in the ring. They are applied and the state is stored; the new tokens then only leave their

@@ -55,7 +55,8 @@ struct state_piece<bf16> {
   }
 };
 
-inline constexpr int step_batch = 2;  // tokens between two barriers
+// Tokens between two barriers: more take longer code, which takes longer to come.
+inline constexpr int step_batch = 2;
 inline constexpr int step_keys = 4;   // of the state that a thread holds
 inline constexpr int step_width = 4;  // of the convolution, at most
 
@@ -125,10 +126,11 @@ SSMLIB_DEVICE void add_keys(const float (&sums)[8], float* to) {
 /// Shared memory of step_kernel.
 template <int P, int N>
 struct step_shared {
-  float x[2][step_batch][P];  // of two batches: outputs of one are written while the next starts
-  float b[step_batch][N], c[step_batch][N];
-  float sums[step_batch][P * N / (8 * step_keys) / 32][P];
-  step_decay<float> decay[step_batch];
+  static constexpr int batch = step_batch;
+  float x[2][batch][P];  // of two batches: outputs of one are written while the next starts
+  float b[batch][N], c[batch][N];
+  float sums[batch][P * N / (8 * step_keys) / 32][P];
+  step_decay<float> decay[batch];
 };
 
 /// A block holds the state of one head, a thread eight features of four keys.
@@ -136,7 +138,7 @@ template <class T, class S, int P, int N>
 class register_step {
  public:
   static constexpr int threads = P * N / (8 * step_keys), lanes = P / 8;
-  static constexpr int channels = (P + 2 * N + threads - 1) / threads;
+  static constexpr int channels = (P + 2 * N + threads - 1) / threads, batch = step_batch;
 
   SSMLIB_DEVICE register_step(const step_place<T, S>& place, step_shared<P, N>& shared)
       : at_(place),
@@ -162,7 +164,8 @@ class register_step {
       state_piece<S>::store(to + i * a_.state_step, h_[i]);
   }
 
-  /// Asks for what the convolution of the tokens from `first` on needs besides their own inputs.
+  /// Asks for what the convolution of the tokens from `first` on needs besides their own inputs;
+  /// once, since it keeps the last inputs.
   SSMLIB_DEVICE void prepare(int first) {
 #pragma unroll
     for (int i = 0; i < channels; ++i) {
@@ -173,20 +176,22 @@ class register_step {
 #pragma unroll
         for (int j = 0; j < step_width; ++j) {
           const int back = step_width - 1 - j;
-          taps_[i][j] = back < a_.width
-                            ? a_.taps[index_t{a_.width - 1 - back} * a_.channels + channel]
-                            : 0.0f;
+          taps_[i][j] = back < a_.width ? a_.tap(a_.width - 1 - back, channel) : 0.0f;
           if (back > 0) past_[i][j] = back < a_.width ? widen(at_.input(first - back, channel)) : 0;
         }
       }
     }
   }
-  /// Tokens [first, first + count), count <= step_batch, for which prepare(first) was called.
+  /// Tokens [first, first + count), count <= batch, the next after prepare() or the last call.
   template <bool Put>
   SSMLIB_DEVICE void take(int first, int count, bool last) {
     const int own = threadIdx.x;  // of the outputs, the first that this thread puts
-    float gate = 1.0f;
-    if (Put && own < count * P) gate = at_.gate(first + own / P, own % P);
+    float gates[(batch * P + threads - 1) / threads];
+#pragma unroll
+    for (int r = 0; Put && r * threads < batch * P; ++r) {
+      const int i = own + r * threads;
+      gates[r] = i < count * P ? at_.gate(first + i / P, i % P) : 1.0f;
+    }
     convolve(first, count);
     const int decay_thread = threads - 32;
     if (static_cast<int>(threadIdx.x) >= decay_thread &&
@@ -195,18 +200,21 @@ class register_step {
       shared_.decay[e] = at_.decay(first + e);
     }
     __syncthreads();
-    for (int e = 0; e < count; ++e)
+    for (int e = 0; e < count; ++e) {
+      if (Put && a_.slots > 0) keep(at_.snapshot(first + e));
       advance<Put>(e, last && e == count - 1);
+    }
     __syncthreads();
     if constexpr (Put) {
-      for (int i = own; i < count * P; i += threads) {
-        const int e = i / P, p = i % P;
+#pragma unroll
+      for (int r = 0; r * threads < batch * P; ++r) {
+        const int i = own + r * threads, e = i / P, p = i % P;
+        if (i >= count * P) break;
         float sum = shared_.sums[e][0][p];
 #pragma unroll
         for (int w = 1; w < threads / 32; ++w)
           sum += shared_.sums[e][w][p];
-        if (i != own) gate = at_.gate(first + e, p);
-        at_.put(first + e, p, sum, shared_.x[half_][e][p], gate);
+        at_.put(first + e, p, sum, shared_.x[half_][e][p], gates[r]);
       }
     }
     half_ ^= 1;
@@ -214,12 +222,12 @@ class register_step {
 
  private:
   SSMLIB_DEVICE void convolve(int first, int count) {
-    T inputs[channels][step_batch];
+    T inputs[channels][batch];
 #pragma unroll
     for (int i = 0; i < channels; ++i) {
       const int c = static_cast<int>(threadIdx.x) + i * threads;
 #pragma unroll
-      for (int e = 0; e < step_batch; ++e) {
+      for (int e = 0; e < batch; ++e) {
         if (c < P + 2 * N && e < count) inputs[i][e] = at_.input(first + e, at_.channel(c));
       }
     }
@@ -233,7 +241,7 @@ class register_step {
         const int step = c < P ? P : N;
         const bool keep = first >= 0 && at_.keeps(c);
 #pragma unroll
-        for (int e = 0; e < step_batch; ++e) {
+        for (int e = 0; e < batch; ++e) {
           if (e < count) {
             if (keep) *at_.ring_input(first + e, at_.channel(c)) = inputs[i][e];
             const float input = widen(inputs[i][e]);
@@ -253,6 +261,13 @@ class register_step {
     }
   }
 
+  SSMLIB_DEVICE void keep(S* snapshot) const {
+    if (snapshot == nullptr) return;
+    S* const to = snapshot + key_ * a_.snapshot_step + feature_;
+#pragma unroll
+    for (int i = 0; i < step_keys; ++i)
+      state_piece<S>::store(to + i * a_.snapshot_step, h_[i]);
+  }
   template <bool Put>
   SSMLIB_DEVICE void advance(int e, bool last) {
     float sums[8] = {};
@@ -277,6 +292,7 @@ class register_step {
 template <class T, class S, int P, int N>
 __global__ void __launch_bounds__(P* N / (8 * step_keys), 8192 * 2 / (P * N))
     step_kernel(const step_arguments<T, S> a) {
+  constexpr int batch = step_batch;
   __shared__ __align__(16) step_shared<P, N> shared;
   if (!a.early) wait_for_kernel_ahead();
   step_place<T, S> at(a, blockIdx.x);
@@ -286,19 +302,18 @@ __global__ void __launch_bounds__(P* N / (8 * step_keys), 8192 * 2 / (P * N))
   // What was taken before needs nothing of the kernel ahead.
   if (replay) {
     const int pending = a.pending[at.sequence];
-    for (int j = -pending; j < 0; j += step_batch) {
-      step.prepare(j);
-      step.template take<false>(j, min(step_batch, -j), false);
-    }
+    step.prepare(-pending);
+    for (int j = -pending; j < 0; j += batch)
+      step.template take<false>(j, min(batch, -j), false);
     if (pending > 0) step.store();
+  } else {
+    step.prepare(0);
   }
-  step.prepare(0);
   wait_for_kernel_ahead();
   let_next_kernel_start();
   at.find_tokens();
-  for (int j = 0; j < at.count; j += step_batch) {
-    if (j > 0) step.prepare(j);
-    const int count = min(step_batch, at.count - j);
+  for (int j = 0; j < at.count; j += batch) {
+    const int count = min(batch, at.count - j);
     step.template take<true>(j, count, j + count == at.count);
   }
   if (!replay && at.count > 0) step.store();
@@ -344,8 +359,7 @@ __global__ void __launch_bounds__(P* N / (8 * step_keys), 8192 * 2 / (P * N))
 #pragma unroll
       for (int j = 0; j < step_width; ++j) {
         const int back = step_width - 1 - j;
-        taps[i][j] =
-            back < a.width ? a.taps[index_t{a.width - 1 - back} * a.channels + channel[i]] : 0.0f;
+        taps[i][j] = back < a.width ? a.tap(a.width - 1 - back, channel[i]) : 0.0f;
         if (back > 0) past[i][j] = back < a.width ? widen(at.input(-back, channel[i])) : 0.0f;
       }
     }

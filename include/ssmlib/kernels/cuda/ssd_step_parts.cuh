@@ -36,6 +36,18 @@ struct step_arguments {
   index_t y_step;
   const std::int32_t* pending;
   bool early;
+  index_t tap_step, tap_channel;
+  bool a_is_log;
+  S* snapshots;
+  index_t snapshot_row, snapshot_head, snapshot_step;
+  int slots, sequences;
+
+  [[nodiscard]] SSMLIB_DEVICE real tap(int j, int channel) const {
+    return taps[index_t{j} * tap_step + channel * tap_channel];
+  }
+  [[nodiscard]] SSMLIB_DEVICE real rate(int head) const {
+    return a_is_log ? -exp(a[head]) : a[head];
+  }
 };
 
 /// What a token does to the state, S = factor S + B (delta x)^T, or S += factor S + B (delta x)^T
@@ -80,6 +92,17 @@ struct step_place {
     history = static_cast<int>(min(position, index_t{1} << 20));
     slot = static_cast<int>(position % a.ring_rows);
   }
+  /// The one new token of a sequence whose history and slot are known.
+  SSMLIB_DEVICE step_place(const step_arguments<T, S>& arguments, int its_sequence, int its_head,
+                           int its_history, int its_slot)
+      : a(arguments),
+        sequence(its_sequence),
+        head(its_head),
+        group(group_of_head(its_head)),
+        history(its_history),
+        slot(its_slot),
+        row(its_sequence),
+        count(1) {}
   [[nodiscard]] SSMLIB_DEVICE int group_of_head(int h) const {
     return a.groups == 1 ? 0 : static_cast<int>(index_t{h} * a.groups / a.heads);
   }
@@ -127,10 +150,17 @@ struct step_place {
       dt = *ring_dt(token);
     }
     const real bias = a.dt_bias != nullptr ? a.dt_bias[head] : real(0);
-    return decay_of<real>(widen(dt) + bias, a.a[head], a.low, a.high);
+    return decay_of<real>(widen(dt) + bias, a.rate(head), a.low, a.high);
   }
   [[nodiscard]] SSMLIB_DEVICE S* state() const {
     return a.state + index_t{sequence} * a.state_sequence + index_t{head} * a.state_head;
+  }
+  /// Where the state before a new token is kept for rollback, or null.
+  [[nodiscard]] SSMLIB_DEVICE S* snapshot(int token) const {
+    if (token < 0 || count - token > a.slots) return nullptr;
+    const index_t slot = (a.position[sequence] + token) % a.slots;
+    return a.snapshots + (slot * a.sequences + sequence) * a.snapshot_row +
+           index_t{head} * a.snapshot_head;
   }
   [[nodiscard]] SSMLIB_DEVICE real gate(int token, int p) const {
     if (a.z == nullptr) return real(1);
@@ -182,7 +212,7 @@ class general_step {
     for (int j = 0; j < a_.width; ++j) {
       const T value = at_.input(token - (a_.width - 1) + j, channel);
       if (j == a_.width - 1 && token >= 0 && at_.keeps(c)) *at_.ring_input(token, channel) = value;
-      sum = fma(a_.taps[index_t{j} * a_.channels + channel], static_cast<real>(widen(value)), sum);
+      sum = fma(a_.tap(j, channel), static_cast<real>(widen(value)), sum);
     }
     return a_.activate ? silu_of(sum) : sum;
   }
@@ -199,6 +229,10 @@ class general_step {
 #pragma unroll
       for (int e = 0; e < step_tokens; ++e) {
         if (e < count) {
+          if (a_.slots > 0) {
+            S* const kept = at_.snapshot(first + e);
+            if (kept != nullptr) kept[n * a_.snapshot_step + p] = narrow<S>(h);
+          }
           const step_decay<real> decay = decay_[e];
           const real added = b_[e * a_.key_size + n] * (decay.delta * x[e]);
           // A reset forgets whatever was there, infinities too.

@@ -94,7 +94,7 @@ void apply_mixer(const cuda::context& ctx, alg::recurrent, const gated_linear_mi
   if (y.size() == 0) return detail::carry_over(c);
   const detail::cuda_gated_linear<T> call(ctx, m, x, y.extent(2));
   const detail::result_tokens<T, cuda> out(y);
-  const auto first = detail::snapshot_positions(ctx, c, call.layout.sequences);
+  const auto first = detail::snapshot_positions(ctx, c, call.layout);
   kernels::cuda::gated_linear_recurrent<T>(ctx.stream(), call.p, out.get().view(),
                                            {c.initial.const_view(), c.final.view()},
                                            {c.snapshots.view(), c.slots, first.data()});

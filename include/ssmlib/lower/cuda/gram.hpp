@@ -23,6 +23,12 @@ template <class M, Floating T>
   return sequence_layout::rectangular(x.extent(0), x.extent(1));
 }
 
+/// A zeroed stand-in of sums for a tensor, absent where that is.
+template <Floating T>
+[[nodiscard]] tensor<accum_t<T>, 4, cuda> sums_like(const tensor<T, 4, cuda>& t) {
+  if (!t) return {};
+  return tensor<accum_t<T>, 4, cuda>::zeros(t.extents());
+}
 /// A mask's operands as the kernels of masked products take them, with what their views point to.
 template <class L>
 struct cuda_tile_mask;

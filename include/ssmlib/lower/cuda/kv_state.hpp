@@ -1,7 +1,7 @@
 #pragma once
 
 #include <ssmlib/kernels/cuda/attention_decode.hpp>
-#include <ssmlib/lower/cuda/positions.hpp>
+#include <ssmlib/lower/cuda/layout.hpp>
 #include <ssmlib/lower/cuda/softmax.hpp>
 #include <ssmlib/lower/kv_state.hpp>
 
@@ -51,10 +51,14 @@ class kv_state<T, cuda> {
   [[nodiscard]] index_t window() const { return window_; }
 
   /// Room for `tokens` tokens in every sequence, so that steps up to there keep the cache where it
-  /// is.
-  void reserve(index_t tokens) {
-    if (window_ == 0 && tokens > rows()) grow(round_up(tokens, step));
+  /// is. @return  whether the cache is elsewhere now
+  bool reserve(index_t tokens) {
+    if (window_ != 0 || tokens <= rows()) return false;
+    grow(round_up(tokens, step));
+    return true;
   }
+  /// Counts the tokens of an advance() that a recorded graph has run.
+  void skip(const sequence_layout& layout) { positions_.advance(layout); }
 
   /// Undoes the last n tokens. @throws value_error  more than can be undone; nothing changes then.
   void rollback(index_t n) { rollback(detail::same_count(sequences(), n)); }
@@ -172,11 +176,10 @@ class kv_state<T, cuda> {
     return {cache.data() + i * s[0], {count, n[2], n[1], n[3]}, {s[0], s[2], s[1], s[3]}};
   }
   /// Runs p's tokens over the cache of p.sequences sequences from i on, whose positions are on the
-  /// host.
+  /// device.
   void run(const cuda::context& ctx, kernels::cuda::attention_decode_problem<T> p, view<T, 3> y,
-           index_t i, const index_t* positions) const {
-    const auto there = detail::device_positions(ctx, positions, p.sequences);
-    p.position = there.data();
+           index_t i, const tensor<index_t, 1, cuda>& positions) const {
+    p.position = positions.data();
     p.cache = {cache_rows(keys_, i, p.sequences), cache_rows(values_, i, p.sequences)};
     const detail::cuda_workspace workspace(ctx,
                                            kernels::cuda::attention_decode_workspace_bytes<T>(p));
@@ -200,7 +203,7 @@ class kv_state<T, cuda> {
       p.v = piece(whole.v, t, p.max_length);
       const index_t position = positions_[i] + (t - begin);
       p.max_keys = position + p.max_length;
-      run(ctx, p, piece(y, t, p.max_length), i, &position);
+      run(ctx, p, piece(y, t, p.max_length), i, detail::queue_copy(ctx, &position, 1));
     }
   }
 
@@ -266,12 +269,13 @@ template <Floating T, int R, class Alg>
   p.offsets = call.p.offsets;
   p.sequences = call.p.sequences;
   p.max_length = call.p.max_length;
-  p.max_keys = longest;
+  // Where the host does not know the positions, they may be anywhere in the cache.
+  p.max_keys = call.layout.copy ? 0 : longest;
   p.scale = call.p.scale;
   p.window = call.p.window;
   const tensor<T, 3, cuda> rows = y.template reshape<3>(detail::merge_batch(y.extents()));
   if (p.max_length <= 16) {
-    state.run(ctx, p, rows.view(), 0, state.positions_.all().data());
+    state.run(ctx, p, rows.view(), 0, call.layout.positions(ctx, state.positions_.all().data()));
   } else if (state.is_empty()) {
     kernels::cuda::attention_forward<T>(ctx.stream(), call.p, rows.view(), {});
     state.keep_first(call.k, call.v, layout);
@@ -279,8 +283,7 @@ template <Floating T, int R, class Alg>
     for (index_t i = 0; i < layout.sequences(); ++i)
       state.run_long(ctx, p, rows.view(), i, layout.begin(i), layout.end(i));
   }
-  for (index_t i = 0; i < layout.sequences(); ++i)
-    state.positions_.advance(i, layout.length(i));
+  state.positions_.advance(layout);
   return detail::demote<R>(y);
 }
 

@@ -20,7 +20,7 @@ template <Floating T, class L>
 void run_cuda_recurrence(const cuda::context& ctx, const cuda_ssd<T, L>& s,
                          const tensor<T, 4, cuda>& y, const carry<T, cuda>& c) {
   const result_tokens<T, cuda> out(y);
-  const auto first = snapshot_positions(ctx, c, s.layout.sequences);
+  const auto first = snapshot_positions(ctx, c, s.layout);
   kernels::cuda::linear_recurrence<T>(ctx.stream(), s.p, out.get().view(),
                                       {c.initial.const_view(), c.final.view()},
                                       {c.snapshots.view(), c.slots, first.data()});
@@ -45,7 +45,7 @@ void run_cuda_selective_recurrence(const cuda::context& ctx, const selective_mix
   if (y.size() == 0) return carry_over(c);
   const index_t channels = y.extent(2), features = y.extent(3);
   const cuda_selective<T> call(ctx, m, channels, d);
-  const auto first = snapshot_positions(ctx, c, call.layout.sequences);
+  const auto first = snapshot_positions(ctx, c, call.layout);
   for (index_t f = 0; f < features; ++f) {
     const tensor<T, 2, cuda> u = channel_rows(repeat_heads(feature_of(x, f), 2, channels));
     const tensor<T, 3, cuda> plane = feature_of(y, f);

@@ -127,12 +127,6 @@ template <Floating T>
   return z;
 }
 
-/// A zeroed stand-in of sums for a tensor, absent where that is.
-template <Floating T>
-[[nodiscard]] tensor<accum_t<T>, 4, cuda> sums_like(const tensor<T, 4, cuda>& t) {
-  if (!t) return {};
-  return tensor<accum_t<T>, 4, cuda>::zeros(t.extents());
-}
 /// to += the sums, through the slope of a feature map at `at`.
 template <class Phi, Floating T>
 void add_mapped_sums(const cuda::context& ctx, const tensor<T, 4, cuda>& to,

@@ -6,6 +6,7 @@
 #include <ssmlib/lower/wrappers.hpp>
 
 #include <concepts>
+#include <type_traits>
 
 namespace ssm {
 
@@ -102,6 +103,44 @@ void apply_cuda_normalized_vjp(const cuda::context& ctx, Alg algorithm, const ro
   if (dx) add_to(dx, wide_dx.slice(3, 0, features));
 }
 
+// ---- gram matrices in the type of sums, which masks are of already ------------------------------
+
+template <Floating T, class Phi>
+[[nodiscard]] gram<accum_t<T>, cuda, Phi> in_sums(const cuda::context& ctx,
+                                                  const gram<T, cuda, Phi>& g) {
+  return {as_type<accum_t<T>>(ctx, g.q), as_type<accum_t<T>>(ctx, g.k), g.alpha, g.layout};
+}
+template <class L, Floating T, class Phi>
+[[nodiscard]] masked_gram<L, accum_t<T>, cuda, Phi> in_sums(const cuda::context& ctx,
+                                                            const masked_gram<L, T, cuda, Phi>& m) {
+  return {m.mask, in_sums(ctx, m.kernel), m.layout};
+}
+/// Gradients to add to, the mask's own among them.
+template <Floating T, class Phi>
+[[nodiscard]] gram<accum_t<T>, cuda, Phi> gradients_in_sums(const gram<T, cuda, Phi>& g) {
+  return {sums_like(g.q), sums_like(g.k), 1.0, {}};
+}
+template <class L, Floating T, class Phi>
+[[nodiscard]] masked_gram<L, accum_t<T>, cuda, Phi> gradients_in_sums(
+    const masked_gram<L, T, cuda, Phi>& m) {
+  return {m.mask, gradients_in_sums(m.kernel), {}};
+}
+template <Floating T, class Phi>
+void add_from_sums(const cuda::context& ctx, const gram<T, cuda, Phi>& to,
+                   const gram<accum_t<T>, cuda, Phi>& from) {
+  if (to.q) add_to(to.q, as_type<T>(ctx, from.q));
+  if (to.k) add_to(to.k, as_type<T>(ctx, from.k));
+}
+template <class L, Floating T, class Phi>
+void add_from_sums(const cuda::context& ctx, const masked_gram<L, T, cuda, Phi>& to,
+                   const masked_gram<L, accum_t<T>, cuda, Phi>& from) {
+  add_from_sums(ctx, to.kernel, from.kernel);
+}
+template <class M>
+concept HasTiles = requires(const cuda::context& ctx, const M& m) {
+  in_sums(ctx, m);
+};
+
 }  // namespace detail
 
 /// M X + d x, from any algorithm of M.
@@ -159,12 +198,28 @@ requires(!std::same_as<Alg, alg::quadratic>) void apply_mixer_vjp(
     const carry_gradient<typename M::value_type, cuda>& c) {
   detail::apply_cuda_normalized_vjp(ctx, algorithm, m, x, dy, dm, dx, c);
 }
+/// alg::quadratic of a gram matrix, masked or not, in tiles and in the type of sums, so that bf16
+/// is rounded once; of any other mixer through the host.
 template <MatrixMixer M>
 void apply_mixer(const cuda::context& ctx, alg::quadratic algorithm, const row_normalized<M>& m,
                  const tensor<typename M::value_type, 4, cuda>& x,
                  const tensor<typename M::value_type, 4, cuda>& y,
                  const carry<typename M::value_type, cuda>& c) {
-  detail::apply_cuda_normalized(ctx, algorithm, m, x, y, c);
+  using T = typename M::value_type;
+  using A = accum_t<T>;
+  if constexpr (!detail::HasTiles<M>) {
+    detail::apply_on_host(ctx, m, x, y, c);
+  } else {
+    if (std::same_as<T, A> || c.initial || c.final || c.snapshots) {
+      return detail::apply_cuda_normalized(ctx, algorithm, m, x, y, c);
+    }
+    const auto inner = detail::in_sums(ctx, detail::inner_of(m));
+    const row_normalized<std::remove_const_t<decltype(inner)>> exact{inner, m.layout};
+    const tensor<A, 4, cuda> sums(y.extents());
+    detail::apply_cuda_normalized(ctx, algorithm, exact, detail::as_type<A>(ctx, x), sums,
+                                  carry<A, cuda>{});
+    y.copy_from(detail::as_type<T>(ctx, sums));
+  }
 }
 template <MatrixMixer M>
 void apply_mixer_vjp(const cuda::context& ctx, alg::quadratic algorithm, const row_normalized<M>& m,
@@ -172,7 +227,24 @@ void apply_mixer_vjp(const cuda::context& ctx, alg::quadratic algorithm, const r
                      const tensor<typename M::value_type, 4, cuda>& dy, row_normalized<M>& dm,
                      const tensor<typename M::value_type, 4, cuda>& dx,
                      const carry_gradient<typename M::value_type, cuda>& c) {
-  detail::apply_cuda_normalized_vjp(ctx, algorithm, m, x, dy, dm, dx, c);
+  using T = typename M::value_type;
+  using A = accum_t<T>;
+  if constexpr (!detail::HasTiles<M>) {
+    detail::apply_on_host_vjp(m, x, dy, dm, dx, c);
+  } else {
+    if (std::same_as<T, A> || c.initial || c.d_final || c.d_initial) {
+      return detail::apply_cuda_normalized_vjp(ctx, algorithm, m, x, dy, dm, dx, c);
+    }
+    const auto inner = detail::in_sums(ctx, detail::inner_of(m));
+    using exact_node = row_normalized<std::remove_const_t<decltype(inner)>>;
+    exact_node gradients{detail::gradients_in_sums(dm.inner), {}};
+    const tensor<A, 4, cuda> d_x = detail::sums_like(dx);
+    detail::apply_cuda_normalized_vjp(ctx, algorithm, exact_node{inner, m.layout},
+                                      detail::as_type<A>(ctx, x), detail::as_type<A>(ctx, dy),
+                                      gradients, d_x, carry_gradient<A, cuda>{});
+    detail::add_from_sums(ctx, dm.inner, gradients.inner);
+    if (dx) detail::add_to(dx, detail::as_type<T>(ctx, d_x));
+  }
 }
 
 }  // namespace ssm

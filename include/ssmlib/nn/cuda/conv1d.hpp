@@ -7,7 +7,6 @@
 #include <ssmlib/lower/cuda/workspace.hpp>
 #include <ssmlib/nn/conv1d.hpp>
 
-#include <algorithm>
 #include <span>
 
 namespace ssm {
@@ -99,9 +98,7 @@ void apply_conv1d_step(const cuda::context& ctx, const conv1d_operands<T, cuda>&
                        const tensor<T, 2, cuda>& y) {
   if (y.size() == 0) return;
   const detail::device_layout sequences(ctx, o.layout);
-  tensor<index_t, 1> positions(static_cast<index_t>(position.size()));
-  std::copy(position.begin(), position.end(), positions.data());
-  const auto at = detail::on_backend<cuda>(positions);
+  const auto at = sequences.positions(ctx, position.data());
   kernels::cuda::conv1d_step_problem<T> problem;
   problem.x = o.x.const_view();
   problem.weight = o.weight.const_view();

@@ -10,6 +10,14 @@
 
 namespace ssm {
 
+/// Ids on the device: rows of NaN for those outside the table. @pre they lie densely
+template <Floating T>
+void apply_embedding(const cuda::context& ctx, const tensor<accum_t<T>, 2, cuda>& table,
+                     const tensor<std::int32_t, 2, cuda>& ids, const tensor<T, 2, cuda>& y) {
+  if (y.size() == 0) return;
+  kernels::cuda::embedding<T, accum_t<T>>(ctx.stream(), table.const_view(), ids.data(), y.view());
+}
+
 /// The ids are on the host: they are checked there, without waiting for the device.
 template <Floating T>
 void apply_embedding(const cuda::context& ctx, const tensor<accum_t<T>, 2, cuda>& table,
@@ -22,8 +30,7 @@ void apply_embedding(const cuda::context& ctx, const tensor<accum_t<T>, 2, cuda>
     }
   }
   if (y.size() == 0) return;
-  const auto there = detail::on_backend<cuda>(ids);
-  kernels::cuda::embedding<T, accum_t<T>>(ctx.stream(), table.const_view(), there.data(), y.view());
+  apply_embedding(ctx, table, detail::on_backend<cuda>(ids), y);
 }
 
 template <Floating T>

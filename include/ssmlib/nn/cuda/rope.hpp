@@ -5,6 +5,7 @@
 #include <ssmlib/lower/cuda/layout.hpp>
 #include <ssmlib/nn/rope.hpp>
 
+#include <cstddef>
 #include <type_traits>
 
 namespace ssm {
@@ -20,15 +21,18 @@ template <Floating T>
   if (table.size() == 0) return table;
   const detail::device_layout sequences(ctx, layout);
   tensor<index_t, 1> first(layout.sequences());
-  bool from_zero = true;
+  bool from_zero = !sequences.copy;
   for (index_t i = 0; i < layout.sequences(); ++i) {
     first(i) = layout.first_position(i);
     from_zero = from_zero && first(i) == 0;
   }
   tensor<index_t, 1, cuda> positions;
-  if (!from_zero) positions = detail::on_backend<cuda>(first);
+  if (!from_zero) positions = sequences.positions(ctx, first.data());
+  const index_t pairs = frequency.extent(0);
+  const view<const double, 1> there{
+      ctx.constants(frequency.data(), static_cast<std::size_t>(pairs)), {pairs}, {1}};
   kernels::cuda::rope_table<accum_t<T>>(
-      ctx.stream(), detail::on_backend<cuda>(frequency).const_view(),
+      ctx.stream(), there,
       {sequences.offsets, positions.data(), sequences.sequences, sequences.max_length},
       table.view());
   return table;

@@ -28,7 +28,8 @@ class device_table {
     std::vector<std::byte> both(size_of(tensors));
     std::memcpy(both.data(), tensors.data(), tensor_bytes);
     std::memcpy(both.data() + tensor_bytes, first.data(), both.size() - tensor_bytes);
-    ctx.copy(bytes_.data(), both.data(), both.size(), cudaMemcpyHostToDevice);
+    const cuda::scope scope(ctx);
+    elements<cuda>::write(bytes_.data(), both.data(), both.size());
     auto* begin = static_cast<std::byte*>(bytes_.data());
     table_ = {reinterpret_cast<const Entry*>(begin),
               reinterpret_cast<const index_t*>(begin + tensor_bytes),
