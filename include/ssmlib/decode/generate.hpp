@@ -117,18 +117,18 @@ class model_steps {
 
   [[nodiscard]] index_t position(index_t i) const { return state_.position(i); }
   void rollback(std::span<const index_t> n) { state_.rollback(n); }
-  /// Logits after the last new token of each sequence, (1, sequences, V), on the host.
-  [[nodiscard]] tensor<accum_t<T>, 3> last(const token_rows& rows) {
+  /// What follows the last new token of each sequence.
+  [[nodiscard]] followers<accum_t<T>> last(const token_rows& rows, bool likeliest_alone) {
     const typename B::scope scope(ctx_);
     const packed_ids packed(rows);
-    return logits(
-        last_tokens(model_.advance(pass(), state_, packed.ids, packed.layout), packed.layout));
+    const auto hidden = model_.advance(pass(), state_, packed.ids, packed.layout);
+    return after(last_tokens(hidden, packed.layout), likeliest_alone);
   }
-  /// Logits after each new token, (1, tokens, V), on the host.
-  [[nodiscard]] tensor<accum_t<T>, 3> all(const token_rows& rows) {
+  /// What follows each new token.
+  [[nodiscard]] followers<accum_t<T>> all(const token_rows& rows, bool likeliest_alone) {
     const typename B::scope scope(ctx_);
     const packed_ids packed(rows);
-    return logits(model_.advance(pass(), state_, packed.ids, packed.layout));
+    return after(model_.advance(pass(), state_, packed.ids, packed.layout), likeliest_alone);
   }
 
  private:
