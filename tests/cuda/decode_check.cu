@@ -167,6 +167,7 @@ void check_products(verdicts& v, cudaStream_t s) {
 struct step_case {
   index_t sequences, heads, groups, features, key_size, width = 4;
   bool gate = true, ragged = false;
+  bool layer = false;  // parameters as a layer holds them: taps by channels, log(-a)
 };
 
 /// Inputs of 16 tokens for every sequence, and the memory of one state.
@@ -212,6 +213,16 @@ struct step_data {
     a[0] = real(-1e-4);  // a decay near 1
     if (c.heads > 2) a[2] = real(-400);
     da.upload(a);
+    if (c.layer) {
+      std::vector<real> by_channel(taps.size()), log_a(a);
+      for (index_t j = 0; j < c.width; ++j)
+        for (index_t q = 0; q < channels; ++q)
+          by_channel[q * c.width + j] = taps[j * channels + q];
+      for (real& x : log_a)
+        x = std::log(-x);
+      dtaps.upload(by_channel);
+      da.upload(log_a);
+    }
   }
 
   /// Tokens that sequence i takes of a piece of m: all, or fewer where ragged.
@@ -255,6 +266,7 @@ struct step_data {
     p.xbc = rows_of<const T>(dtokens.data() + inner, total, channels, row);
     p.dt = rows_of<const T>(dtokens.data() + inner + channels, total, c.heads, row);
     p.taps = dtaps.data(), p.conv_bias = dconv_bias.data(), p.width = c.width;
+    if (c.layer) p.tap_step = 1, p.tap_channel = c.width, p.a_is_log = true;
     p.a = da.data(), p.dt_bias = ddt_bias.data(), p.d = dd.data();
     p.ring.inputs = {
         dring.data(), {c.sequences, ring_rows, channels}, {ring_rows * channels, channels, 1}};
@@ -348,7 +360,7 @@ void check_step(verdicts& v, cudaStream_t stream, const std::string& types, cons
   const std::string name = "step " + types + " b " + std::to_string(c.sequences) + " H " +
                            std::to_string(c.heads) + " P " + std::to_string(c.features) + " N " +
                            std::to_string(c.key_size) + " G " + std::to_string(c.groups) +
-                           (c.ragged ? " ragged" : "");
+                           (c.ragged ? " ragged" : "") + (c.layer ? " layer" : "");
   data.restart();
   data.step(stream, 16, false);
   relative_error y, state;
@@ -396,6 +408,10 @@ void check_steps(verdicts& v, cudaStream_t s, bool small) {
   // So many heads that one token takes the kernel that streams the states.
   check_step<bf16, bf16>(v, s, "bf16 bf16", {27, 80, 1, 64, 128}, 6e-3, 4 * 0x1p-9);
   check_step<bf16, float>(v, s, "bf16 float", {30, 75, 5, 64, 128}, 4e-3, 1e-5);
+  check_step<bf16, float>(
+      v, s, "bf16 float",
+      {.sequences = 27, .heads = 80, .groups = 1, .features = 64, .key_size = 128, .layer = true},
+      4e-3, 1e-5);
   check_step<bf16, bf16>(v, s, "bf16 bf16", {61, 36, 2, 64, 256, 3, false}, 6e-3, 4 * 0x1p-9);
   check_step<float, float>(v, s, "float float", {50, 50, 5, 64, 64}, 1e-5, 1e-5);
   check_step<bf16, float>(v, s, "bf16 float", {37, 60, 3, 128, 128}, 4e-3, 1e-5);

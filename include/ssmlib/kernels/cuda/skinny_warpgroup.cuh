@@ -69,7 +69,7 @@ class warpgroup_skinny {
     if (threadIdx.x == 0) {
       for (int s = 0; s < p_.depth; ++s) {
         barrier_init(full(s), 1);
-        barrier_init(empty(s), warpgroup_threads / 32);
+        barrier_init(empty(s), warpgroup_threads / 32 * arrivals_a_warp);
       }
       barrier_init_done();
       start_copies();
@@ -194,7 +194,7 @@ class warpgroup_skinny {
     pin(dot);
   }
   SSMLIB_DEVICE void release(int slot) const {
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty(slot));
+    barrier_arrive_warp(empty(slot));
   }
 
   /// The first of a fragment's two rows of x, which are eight apart.

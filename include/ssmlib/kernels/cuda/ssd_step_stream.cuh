@@ -181,8 +181,8 @@ class state_stream_block {
     const step_place<T, S> at = place_of(g);
     const int own = threadIdx.x;
     if (own >= threads - 32 && own < threads - 32 + g.count) {
-      shared_.decay[half][own - (threads - 32)] =
-          decay_of<float>(widen(dt_) + dt_bias_, rate_, a_.low, a_.high);
+      shared_.decay[half][own - (threads - 32)] = decay_of<float>(
+          widen(dt_) + dt_bias_, a_.a_is_log ? -exp(rate_) : rate_, a_.low, a_.high);
     }
 #pragma unroll
     for (int i = 0; i < channels; ++i) {
@@ -268,11 +268,11 @@ template <class T, class S, int P, int N>
 [[nodiscard]] bool launch_state_stream(cudaStream_t stream, const step_arguments<T, S>& a,
                                        index_t heads) {
   using cut = state_stream<S, P, N>;
-  int device = 0, major = 0;
-  SSMLIB_CHECK_CUDA(cudaGetDevice(&device));
-  SSMLIB_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   const int blocks = cut::blocks * multiprocessors();
-  if (a.state_step != P || heads < index_t{16} * multiprocessors() || major < 9) return false;
+  if (a.state_step != P || heads < index_t{16} * multiprocessors() ||
+      device_rung() < rung::sm_90a) {
+    return false;
+  }
   const index_t share = (heads + blocks - 1) / blocks;
   const int depth = static_cast<int>(std::min<index_t>(share, cut::depth));
   launch_overlapped(stream, state_stream_kernel<T, S, P, N>, blocks, cut::threads,
