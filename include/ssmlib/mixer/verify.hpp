@@ -228,7 +228,9 @@ class verifier {
   }
 
   // One packed batch of uneven sequences against each sequence alone: the rows of results and of
-  // gradients to the bit, gradients of parameters against the sum of the sequences'.
+  // gradients to the bit, gradients of parameters against the sum of the sequences'. A transform
+  // may be padded to the longest sequence of the batch, beyond the CPU, so that its rounding
+  // differs.
   template <class P>
   void check_packed(const P& e, const tensor<T, 4, B>& dy, index_t length) {
     const index_t tokens = e.x.extent(0) * e.x.extent(1);
@@ -240,12 +242,18 @@ class verifier {
     auto gradients = zeros_like(whole);
     vjp_into(whole, dy_packed, gradients, carry_gradient<T, B>{});
     std::vector<packed_operand> operands = operands_of(gradients, 0, tokens);
+    constexpr bool to_the_bit =
+        std::same_as<B, cpu> || !std::same_as<typename P::algorithm_type, alg::structured>;
+    double error = 0;
     bool same = true;
     index_t begin = 0;
     for (const index_t n : lengths) {
       if (n == 0) continue;
       const auto alone = slice_tokens(whole, begin, begin + n);
-      same = same && equal_elements(eval4(alone), y.slice(1, begin, begin + n));
+      const tensor<T, 4, B> y_alone = eval4(alone), rows = y.slice(1, begin, begin + n);
+      same = same && equal_elements(y_alone, rows);
+      const double e1 = relative_error(rows, y_alone);
+      error = e1 <= error ? error : e1;  // keeps NaN
       auto own = zeros_like(alone);
       vjp_into(alone, dy_packed.slice(1, begin, begin + n), own, carry_gradient<T, B>{});
       const auto packed_part = operands_of(gradients, begin, begin + n);
@@ -255,11 +263,18 @@ class verifier {
       begin += n;
     }
     const std::string algorithm(e.algorithm.name);
-    add("packed equals separate, to the bit", algorithm, length, same ? 0 : 1, 0);
+    if (to_the_bit) {
+      add("packed equals separate, to the bit", algorithm, length, same ? 0 : 1, 0);
+    } else {
+      add("packed equals separate", algorithm, length, error, result_bound_);
+    }
     for (const packed_operand& o : operands) {
-      if (o.per_token) {
+      if (o.per_token && to_the_bit) {
         add("packed vjp equals separate, to the bit", algorithm + ", d " + o.name, length,
             o.same ? 0 : 1, 0);
+      } else if (o.per_token) {
+        add("packed vjp equals separate", algorithm + ", d " + o.name, length, o.error(),
+            gradient_bound_);
       } else {
         add("packed vjp equals the sum of separate", algorithm + ", d " + o.name, length,
             o.error_of_sum(), result_bound_);

@@ -18,23 +18,34 @@ struct packed_operand {
   std::vector<double> values, sum = {};  // sum: over the sequences, for a parameter
   double scale = 0;                      // the sequences' norms, whatever cancels in the sum
   bool same = true;
+  double difference = 0, square = 0;  // of the sequences' elements, per token
 
   void compare(const std::vector<double>& packed, const std::vector<double>& separate) {
     same = same && packed == separate;
-    if (per_token) return;
+    if (per_token) {
+      for (std::size_t i = 0; i < separate.size(); ++i) {
+        difference += (packed[i] - separate[i]) * (packed[i] - separate[i]);
+        square += separate[i] * separate[i];
+      }
+      return;
+    }
     sum.resize(separate.size(), 0.0);
-    double square = 0;
+    double own_square = 0;
     for (std::size_t i = 0; i < separate.size(); ++i) {
       sum[i] += separate[i];
-      square += separate[i] * separate[i];
+      own_square += separate[i] * separate[i];
     }
-    scale += std::sqrt(square);
+    scale += std::sqrt(own_square);
+  }
+  /// Of a per-token operand, in norm.
+  [[nodiscard]] double error() const {
+    return std::sqrt(difference) / (square > 0 ? std::sqrt(square) : 1.0);
   }
   [[nodiscard]] double error_of_sum() const {
-    double square = 0;
+    double squares = 0;
     for (std::size_t i = 0; i < sum.size(); ++i)
-      square += (values[i] - sum[i]) * (values[i] - sum[i]);
-    return std::sqrt(square) / (scale > 0 ? scale : 1.0);
+      squares += (values[i] - sum[i]) * (values[i] - sum[i]);
+    return std::sqrt(squares) / (scale > 0 ? scale : 1.0);
   }
 };
 
