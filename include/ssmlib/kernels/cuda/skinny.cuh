@@ -95,11 +95,12 @@ template <class X, class W, class Y>
   }
 }
 
-/// Whether m rows of f(x) and a ring worth having fit a block of the stream kernel.
+/// Whether m rows of f(x) and a ring worth having fit a block of the stream kernel. Below sm_90a
+/// the ring is short, and skinny_by_tiles has asked for its room.
 [[nodiscard]] inline bool stream_fits(index_t m, index_t k, rung most) {
-  const std::size_t room = usable_rung(most) < rung::sm_90a ? 96 * 1024 : 200 * 1024;
   return m <= skinny_stream_rows &&
-         stream_shared_bytes(6, static_cast<int>(m), static_cast<int>(k)) <= room;
+         (usable_rung(most) < rung::sm_90a ||
+          stream_shared_bytes(6, static_cast<int>(m), static_cast<int>(k)) <= 200 * 1024);
 }
 
 /// Rows of f(x) in the warpgroup kernel's workspace; 0: blocks make it themselves.
@@ -109,7 +110,7 @@ template <class X, class W, class Y>
 }
 
 template <class X, class Y>
-void launch_stream(cudaStream_t stream, const skinny_arguments<X, bf16, Y>& a) {
+void launch_stream(cudaStream_t stream, const skinny_arguments<X, bf16, Y>& a, rung most) {
   const int blocks = std::min(multiprocessors(), (a.n + 7) / 8);
   const auto launch = [&](auto rows, auto depth) {
     constexpr int Rows = decltype(rows)::value, Depth = decltype(depth)::value;
@@ -118,7 +119,9 @@ void launch_stream(cudaStream_t stream, const skinny_arguments<X, bf16, Y>& a) {
   };
   // As deep as leaves half of a multiprocessor's memory to the product behind, at usual sizes.
   using std::integral_constant;
-  if (a.m == 1) {
+  if (usable_rung(most) < rung::sm_90a) {
+    launch(integral_constant<int, 8>{}, integral_constant<int, 3>{});
+  } else if (a.m == 1) {
     launch(integral_constant<int, 1>{}, integral_constant<int, 6>{});
   } else if (a.m == 2) {
     launch(integral_constant<int, 2>{}, integral_constant<int, 4>{});
@@ -142,7 +145,7 @@ void launch_pieces(cudaStream_t stream, const skinny_arguments<X, bf16, Y>& a, r
     piece.y += first * a.y_step;
     if (piece.gate != nullptr) piece.gate += first * a.gate_step;
     if (piece.residual != nullptr) piece.residual += first * a.residual_step;
-    launch_stream(stream, piece);
+    launch_stream(stream, piece, most);
   }
 }
 

@@ -44,6 +44,7 @@ template <Floating T>
     if (residual) problem.residual = residual.slice(0, first, last).const_view();
     problem.bias = layer.bias.data();
     problem.early = at_rest;
+    problem.most = kernels::cuda::rung_of(p.ctx.arch());
     if (norm.weight != nullptr) {
       problem.normalise = true;
       problem.norm_weight = static_cast<const accum_t<T>*>(norm.weight);
