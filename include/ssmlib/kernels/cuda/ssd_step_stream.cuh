@@ -181,8 +181,8 @@ class state_stream_block {
     const step_place<T, S> at = place_of(g);
     const int own = threadIdx.x;
     if (own >= threads - 32 && own < threads - 32 + g.count) {
-      shared_.decay[half][own - (threads - 32)] = decay_of<float>(
-          widen(dt_) + dt_bias_, a_.a_is_log ? -exp(rate_) : rate_, a_.low, a_.high);
+      shared_.decay[half][own - (threads - 32)] =
+          decay_of<float>(widen(dt_) + dt_bias_, rate_, a_.low, a_.high);
     }
 #pragma unroll
     for (int i = 0; i < channels; ++i) {
