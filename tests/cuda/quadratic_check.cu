@@ -143,10 +143,10 @@ void time_all(index_t length, index_t heads, index_t size) {
   rows_buffer<T> dy(length, heads * size), y(length, heads * size);
   rows_buffer<T> dq(length, heads * size), dk(length, heads * size), dx(length, heads * size);
   rows_buffer<float> log_a(length, heads), d_log_a(length, heads), d_weight(length, heads);
-  rows_buffer<T> kernel(heads, length);
-  rows_buffer<float> d_kernel(heads, length);
-  for (auto* r : {&q, &k, &x, &dy, &kernel})
+  rows_buffer<float> kernel(heads, length), d_kernel(heads, length);
+  for (auto* r : {&q, &k, &x, &dy})
     r->fill_device(7, -1, 1);
+  kernel.fill_device(7, -1, 1);
   log_a.fill_device(8, -0.1, 0);
   const quadratic_problem<T> o{
       q.heads(heads), k.heads(heads), x.heads(heads), 1.0f, heads, nullptr, 1, length};

@@ -108,7 +108,7 @@ void check_special() {
     x[length + 1] = from_double<T>(inf), x[length + 3] = from_double<T>(nan);  // row 1
     const buffer<T> from(x), dy(std::vector<T>(3, from_double<T>(2)));         // row 2: -inf only
     buffer<T> y(3), soft(3 * length), dx(std::vector<T>(3 * length, from_double<T>(0)));
-    buffer<unsigned char> work(static_cast<index_t>(row_workspace_bytes(3, length)));
+    buffer<unsigned char> work(static_cast<index_t>(row_workspace_bytes(index_t{3}, length)));
     const row_problem<T> p{from.data(), 3, length};
     max_rows<T>(nullptr, p, y.data(), work.data());
     max_rows_vjp<T>(nullptr, p, dy.data(), {dx.data(), {1, 1, 3, length}, {0, 0, length, 1}},
@@ -137,7 +137,7 @@ __global__ void fill_ones(float* x, index_t n) {
 void check_large() {
   const index_t n = (index_t{1} << 31) + 24;
   buffer<float> x(n), y(index_t{1} << 28), soft(n);
-  buffer<unsigned char> work(static_cast<index_t>(row_workspace_bytes(1, n)));
+  buffer<unsigned char> work(static_cast<index_t>(row_workspace_bytes(index_t{1}, n)));
   fill_ones<<<1024, 256>>>(x.data(), n);
   SSMLIB_CHECK_CUDA(cudaGetLastError());
   const auto one = [&] {

@@ -229,8 +229,9 @@ class speculator {
 /// proposes K tokens, the target verifies them in one call of advance(), and both states roll back
 /// to what was accepted. Targets and drafts may be recurrent, attention or hybrid.
 ///
-/// Greedy: the tokens equal generate()'s to the last bit, whatever the draft. Sampling: tokens are
-/// distributed exactly as generate()'s.
+/// Greedy: the tokens equal generate()'s to the last bit, whatever the draft, but for the rounding
+/// of prompts of more than 16 tokens (docs/decoding.md). Sampling: tokens are distributed exactly
+/// as generate()'s.
 /// @throws value_error  an empty prompt, an option outside its range, or vocabularies that differ.
 /// @source Leviathan et al. 2022, arXiv:2211.17192; for recurrent states: Wang et al. 2024,
 ///         arXiv:2408.15237, section 4.

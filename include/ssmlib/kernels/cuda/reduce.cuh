@@ -261,7 +261,8 @@ inline constexpr index_t never_long = 2048;
 
 }  // namespace detail
 
-SSMLIB_INLINE std::size_t row_workspace_bytes(index_t rows, index_t length) {
+template <class Index>
+std::size_t row_workspace_bytes(Index rows, Index length) {
   if (length <= detail::never_long) return 0;
   return static_cast<std::size_t>(detail::row_plan::most_pieces + rows) * detail::largest_state;
 }
@@ -351,6 +352,7 @@ void softmax_rows_vjp(cudaStream_t stream, const row_problem<T>& y, const T* dy,
   SSMLIB_CHECK_CUDA(cudaGetLastError());
 }
 
+SSMLIB_INSTANTIATE(cuda_reduce, std::size_t row_workspace_bytes<index_t>(index_t, index_t));
 #define SSMLIB_DETAIL_LIST(T)                                                                   \
   SSMLIB_INSTANTIATE(cuda_reduce,                                                               \
                      void sum_rows<T>(cudaStream_t, const row_problem<T>&, double, T*, void*)); \

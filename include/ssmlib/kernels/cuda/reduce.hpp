@@ -22,7 +22,8 @@ struct row_problem {
 };
 
 /// Bytes of device memory that any function here works in, for rows of this number and length.
-[[nodiscard]] std::size_t row_workspace_bytes(index_t rows, index_t length);
+template <class Index>
+[[nodiscard]] std::size_t row_workspace_bytes(Index rows, Index length);
 
 /// y[r] = scale times the sum of row r.
 /// @param workspace  row_workspace_bytes(rows, length) bytes, aligned to 16

@@ -281,8 +281,9 @@ static __global__ void __launch_bounds__(count_threads) count_kernel(const count
 
 }  // namespace detail
 
-SSMLIB_INLINE void count_tokens(cudaStream_t stream, index_t* position, index_t sequences,
-                                index_t tokens, index_t* row_sequence, index_t* row_position) {
+template <class Index>
+void count_tokens(cudaStream_t stream, Index* position, index_t sequences, index_t tokens,
+                  Index* row_sequence, Index* row_position) {
   if (sequences == 0) return;
   const index_t blocks = (sequences + detail::count_threads - 1) / detail::count_threads;
   launch_overlapped(
@@ -310,6 +311,8 @@ void sample_forward(cudaStream_t stream, const sample_problem<T>& p) {
   launch_overlapped(stream, detail::sample_kernel<T>, rows, detail::sample_threads, 0, 1, p);
 }
 
+SSMLIB_INSTANTIATE(cuda_sample, void count_tokens<index_t>(cudaStream_t, index_t*, index_t, index_t,
+                                                           index_t*, index_t*));
 SSMLIB_INSTANTIATE(cuda_sample,
                    void sample_forward<float>(cudaStream_t, const sample_problem<float>&));
 SSMLIB_INSTANTIATE(cuda_sample,

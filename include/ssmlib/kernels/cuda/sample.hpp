@@ -45,7 +45,8 @@ void sample_forward(cudaStream_t stream, const sample_problem<T>& p);
 /// @param position       (sequences)
 /// @param row_sequence   (sequences * tokens)
 /// @param row_position   (sequences * tokens): how many tokens there are before the row's draw
-void count_tokens(cudaStream_t stream, index_t* position, index_t sequences, index_t tokens,
-                  index_t* row_sequence, index_t* row_position);
+template <class Index>
+void count_tokens(cudaStream_t stream, Index* position, index_t sequences, index_t tokens,
+                  Index* row_sequence, Index* row_position);
 
 }  // namespace ssm::kernels::cuda
