@@ -102,14 +102,10 @@ void check_outcome(const outcome& got, const outcome& wanted, double of_loss, do
 
 /// A pair of mixers on the device in T against the CPU in double: on a rectangle and on packed
 /// sequences, one of them empty.
-template <class T, template <Floating, Backend> class Teacher,
-          template <Floating, Backend> class Student, class TeacherOptions, class StudentOptions>
-void check_pair(const TeacherOptions& of_teacher, const StudentOptions& of_student,
-                index_t length = 150) {
-  const Teacher<T, cuda> teacher(of_teacher, 1);
-  const Student<T, cuda> student(of_student, 2);
-  const Teacher<double, cpu> host_teacher(of_teacher, 1);
-  const Student<double, cpu> host_student(of_student, 2);
+template <class Teacher, class Student, class HostTeacher, class HostStudent>
+void check_pair(const Teacher& teacher, const Student& student, const HostTeacher& host_teacher,
+                const HostStudent& host_student, index_t length = 150) {
+  using T = typename Student::value_type;
   // A diagonal of 1 is the only entry of the teacher's first row: a distance of rounding errors.
   for (const auto& p : parameters_of<T, cuda>(student)) {
     if (p.name == "D") p.value.fill(0.5f);
@@ -132,8 +128,38 @@ void check_pair(const TeacherOptions& of_teacher, const StudentOptions& of_stude
                 gradient_tolerance<T>);
 }
 
+/// Stage 1 of decays over Q K^T against given matrices.
+template <class B>
+outcome decayed_gram(const tensor<double, 3, B>& a, const tensor<double, 4, B>& x,
+                     const tensor<double, 4, B>& y, const tensor<double, 4, B>& matrices) {
+  tape<double, B> t;
+  t.watch(a), t.watch(x), t.watch(y);
+  const pass<double, B> p{.tape = &t};
+  const auto loss = matrix_orientation_loss(
+      p, panels(matrices), panels(hadamard(semiseparable(a), x * transpose(y)), &t, p.ctx));
+  t.gradient(loss).fill(1);
+  t.backward();
+  outcome o{ssm::detail::on_host(loss)(0), {}, {"log_a", "q", "k"}};
+  o.gradients.push_back(ssm::detail::on_host(t.gradient(a)).reshape(a.size()));
+  o.gradients.push_back(ssm::detail::on_host(t.gradient(x)).reshape(x.size()));
+  o.gradients.push_back(ssm::detail::on_host(t.gradient(y)).reshape(y.size()));
+  return o;
+}
+/// Stage 2 of two outputs of layers.
 template <class T, class B>
-using elu_attention = linear_attention<T, feature::elu_plus_one, B>;
+outcome alignment(const tensor<T, 3, B>& student, const tensor<T, 3, B>& teacher) {
+  tape<T, B> t;
+  t.watch(student), t.watch(teacher);
+  const auto loss = hidden_state_alignment_loss(pass<T, B>{.tape = &t}, student, teacher);
+  t.gradient(loss).fill(accum_t<T>(2.0f));
+  t.backward();
+  outcome o{static_cast<double>(ssm::detail::on_host(loss)(0)), {}, {"student", "teacher"}};
+  for (const auto& x : {student, teacher}) {
+    o.gradients.push_back(
+        cast<double>(ssm::detail::on_host(t.gradient(x))).reshape(student.size()));
+  }
+  return o;
+}
 
 const attention_options grouped{.width = 48, .heads = 4, .kv_heads = 2, .rope = rope_options{}};
 
@@ -242,44 +268,55 @@ struct stage_run {
 
 TEMPLATE_TEST_CASE("cuda/distill: stage 1 of attention and Mamba-2 is the CPU's, with gradient",
                    "[cuda][distill]", float, double, bf16) {
-  check_pair<TestType, attention, mamba2>(
-      grouped, mamba2_options{.width = 48, .heads = 4, .head_dim = 12, .state = 16, .groups = 2});
+  const mamba2_options o{.width = 48, .heads = 4, .head_dim = 12, .state = 16, .groups = 2};
+  check_pair(attention<TestType, cuda>(grouped, 1), mamba2<TestType, cuda>(o, 2),
+             attention<double>(grouped, 1), mamba2<double>(o, 2));
 }
 TEMPLATE_TEST_CASE("cuda/distill: stage 1 goes over many tiles", "[cuda][distill]", float, double) {
   // 128 product heads: tiles of 256 x 256.
-  check_pair<TestType, attention, mamba2>(
-      attention_options{.width = 64, .heads = 128, .head_dim = 8},
-      mamba2_options{.width = 64, .heads = 128, .head_dim = 4, .state = 8, .groups = 128}, 600);
+  const attention_options a{.width = 64, .heads = 128, .head_dim = 8};
+  const mamba2_options o{.width = 64, .heads = 128, .head_dim = 4, .state = 8, .groups = 128};
+  check_pair(attention<TestType, cuda>(a, 1), mamba2<TestType, cuda>(o, 2), attention<double>(a, 1),
+             mamba2<double>(o, 2), 600);
 }
 TEMPLATE_TEST_CASE("cuda/distill: stage 1 of attention and the discrete Mamba-2 is the CPU's",
                    "[cuda][distill]", float, bf16) {
-  check_pair<TestType, attention, discrete_mamba2>(
-      grouped, discrete_mamba2_options{.width = 48, .heads = 2, .head_dim = 6, .state = 5});
+  const discrete_mamba2_options o{.width = 48, .heads = 2, .head_dim = 6, .state = 5};
+  check_pair(attention<TestType, cuda>(grouped, 1), discrete_mamba2<TestType, cuda>(o, 2),
+             attention<double>(grouped, 1), discrete_mamba2<double>(o, 2));
 }
 TEMPLATE_TEST_CASE("cuda/distill: stage 1 of attention and linear attention is the CPU's",
                    "[cuda][distill]", float, bf16) {
-  check_pair<TestType, attention, elu_attention>(
-      grouped, linear_attention_options{.width = 48, .heads = 4, .kv_heads = 2});
+  const linear_attention_options o{.width = 48, .heads = 4, .kv_heads = 2};
+  check_pair(attention<TestType, cuda>(grouped, 1),
+             linear_attention<TestType, feature::elu_plus_one, cuda>(o, 2),
+             attention<double>(grouped, 1), linear_attention<double>(o, 2));
 }
 TEMPLATE_TEST_CASE("cuda/distill: stage 1 of Mamba-2 and retention is the CPU's", "[cuda][distill]",
                    float, bf16) {
-  check_pair<TestType, mamba2, retention>(
-      mamba2_options{.width = 48, .heads = 4, .head_dim = 12, .state = 5},
-      retention_options{.width = 48, .heads = 2});
+  const mamba2_options o{.width = 48, .heads = 4, .head_dim = 12, .state = 5};
+  const retention_options r{.width = 48, .heads = 2};
+  check_pair(mamba2<TestType, cuda>(o, 1), retention<TestType, cuda>(r, 2), mamba2<double>(o, 1),
+             retention<double>(r, 2));
 }
 TEMPLATE_TEST_CASE("cuda/distill: stage 1 of attention with a window and attention is the CPU's",
                    "[cuda][distill]", float, bf16) {
   attention_options window = grouped;
   window.window = 20;
-  check_pair<TestType, attention, attention>(window, attention_options{.width = 48, .heads = 2});
-  check_pair<TestType, attention, attention>(attention_options{.width = 48, .heads = 2}, window);
+  const attention_options two{.width = 48, .heads = 2};
+  check_pair(attention<TestType, cuda>(window, 1), attention<TestType, cuda>(two, 2),
+             attention<double>(window, 1), attention<double>(two, 2));
+  check_pair(attention<TestType, cuda>(two, 1), attention<TestType, cuda>(window, 2),
+             attention<double>(two, 1), attention<double>(window, 2));
 }
 TEMPLATE_TEST_CASE("cuda/distill: stage 1 of attention and Mamba-1 or the delta rule is the CPU's",
                    "[cuda][distill]", float) {
-  check_pair<TestType, attention, mamba1>(grouped,
-                                          mamba1_options{.width = 48, .inner = 8, .state = 3});
-  check_pair<TestType, attention, gated_delta_net>(
-      grouped, gated_delta_net_options{.width = 48, .heads = 2, .head_dim = 6});
+  const mamba1_options m{.width = 48, .inner = 8, .state = 3};
+  check_pair(attention<TestType, cuda>(grouped, 1), mamba1<TestType, cuda>(m, 2),
+             attention<double>(grouped, 1), mamba1<double>(m, 2));
+  const gated_delta_net_options g{.width = 48, .heads = 2, .head_dim = 6};
+  check_pair(attention<TestType, cuda>(grouped, 1), gated_delta_net<TestType, cuda>(g, 2),
+             attention<double>(grouped, 1), gated_delta_net<double>(g, 2));
 }
 
 TEMPLATE_TEST_CASE("cuda/distill: stages 1 and 2 have the golden values and gradients",
@@ -326,24 +363,8 @@ TEST_CASE("cuda/distill: a reset hides what is before it, and costs no gradient"
   const auto q = uniform<double, 4>({1, n, 2, 6}, -1, 1, 1),
              k = uniform<double, 4>({1, n, 2, 6}, -1, 1, 2);
   const auto target = uniform<double, 4>({1, 2, n, n}, -1, 1, 3);
-  const auto of = [&]<class B>(const tensor<double, 3, B>& a, const tensor<double, 4, B>& x,
-                               const tensor<double, 4, B>& y,
-                               const tensor<double, 4, B>& matrices) {
-    tape<double, B> t;
-    t.watch(a), t.watch(x), t.watch(y);
-    const pass<double, B> p{.tape = &t};
-    const auto loss = matrix_orientation_loss(
-        p, panels(matrices), panels(hadamard(semiseparable(a), x * transpose(y)), &t, p.ctx));
-    t.gradient(loss).fill(1);
-    t.backward();
-    outcome o{ssm::detail::on_host(loss)(0), {}, {"log_a", "q", "k"}};
-    o.gradients.push_back(ssm::detail::on_host(t.gradient(a)).reshape(a.size()));
-    o.gradients.push_back(ssm::detail::on_host(t.gradient(x)).reshape(x.size()));
-    o.gradients.push_back(ssm::detail::on_host(t.gradient(y)).reshape(y.size()));
-    return o;
-  };
-  const outcome got = of(to<cuda>(log_a), to<cuda>(q), to<cuda>(k), to<cuda>(target));
-  check_outcome(got, of(log_a, q, k, target), 1e-12, 1e-10);
+  const outcome got = decayed_gram(to<cuda>(log_a), to<cuda>(q), to<cuda>(k), to<cuda>(target));
+  check_outcome(got, decayed_gram(log_a, q, k, target), 1e-12, 1e-10);
   CHECK(std::isfinite(norm(got.gradients[0])));
 }
 
@@ -471,26 +492,12 @@ TEST_CASE("cuda/distill: stage 1 of a layer of 32 heads holds a small part of it
 
 TEMPLATE_TEST_CASE("cuda/distill: stage 2's loss and gradients are the CPU's", "[cuda][distill]",
                    float, double, bf16) {
-  const auto at_both = [&]<class T, class B>(const tensor<T, 3, B>& student,
-                                             const tensor<T, 3, B>& teacher) {
-    tape<T, B> t;
-    t.watch(student), t.watch(teacher);
-    const auto loss = hidden_state_alignment_loss(pass<T, B>{.tape = &t}, student, teacher);
-    t.gradient(loss).fill(accum_t<T>(2.0f));
-    t.backward();
-    outcome o{static_cast<double>(ssm::detail::on_host(loss)(0)), {}, {"student", "teacher"}};
-    for (const auto& x : {student, teacher}) {
-      o.gradients.push_back(
-          cast<double>(ssm::detail::on_host(t.gradient(x))).reshape(student.size()));
-    }
-    return o;
-  };
   auto teacher = uniform<double, 3>({2, 37, 50}, -1, 1, 2);
   const auto student = uniform<double, 3>({2, 37, 50}, -1, 1, 1);
   for (index_t c = 0; c < 50; ++c)
     teacher(1, 3, c) = student(1, 3, c);  // one token at distance 0
   const auto s = on_device<TestType>(student), q = on_device<TestType>(teacher);
-  check_outcome(at_both(s, q), at_both(on_cpu(s), on_cpu(q)), loss_tolerance<TestType>,
+  check_outcome(alignment(s, q), alignment(on_cpu(s), on_cpu(q)), loss_tolerance<TestType>,
                 ssm_test::tolerance<TestType>);
 }
 

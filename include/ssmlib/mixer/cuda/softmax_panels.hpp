@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ssmlib/expr/softmax.hpp>
 #include <ssmlib/kernels/cuda/attention.hpp>
 #include <ssmlib/mixer/cuda/matrix_panels.hpp>
 #include <ssmlib/mixer/cuda/semiseparable_panels.hpp>
