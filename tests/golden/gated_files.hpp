@@ -12,9 +12,11 @@ using namespace ssm;
 struct gated_linear_attention_files {
   template <class T, class B>
   static void check(summary& total, const inputs<T, B>& in) {
-    const auto q = values<4>(in, "in.q"), k = values<4>(in, "in.k"), v = values<4>(in, "in.v"),
-               log_gate = parameter<4>(in, "in.log_gate"),
-               initial = parameter<4>(in, "in.initial_state");
+    const auto q = values<4>(in, "in.q");
+    const auto k = values<4>(in, "in.k");
+    const auto v = values<4>(in, "in.v");
+    const auto log_gate = parameter<4>(in, "in.log_gate");
+    const auto initial = parameter<4>(in, "in.initial_state");
     const auto product = gated(log_gate, q * transpose(k)) * v;
     for_each_algorithm(total, in, product, [&](auto algorithm, const std::string& name) {
       run<T, B> r(total, in, name);
@@ -42,9 +44,12 @@ struct gated_linear_attention_files {
 struct gated_delta_rule_files {
   template <class T, class B>
   static void check(summary& total, const inputs<T, B>& in) {
-    const auto q = values<4>(in, "in.q"), k = values<4>(in, "in.k"), v = values<4>(in, "in.v"),
-               initial = parameter<4>(in, "in.initial_state");
-    const auto log_decay = parameter<3>(in, "in.log_decay"), beta = parameter<3>(in, "in.beta");
+    const auto q = values<4>(in, "in.q");
+    const auto k = values<4>(in, "in.k");
+    const auto v = values<4>(in, "in.v");
+    const auto initial = parameter<4>(in, "in.initial_state");
+    const auto log_decay = parameter<3>(in, "in.log_decay");
+    const auto beta = parameter<3>(in, "in.beta");
     const auto product = [&](const tensor<T, 4, B>& keys) {
       return delta_rule(log_decay, beta, q * transpose(keys)) * v;
     };

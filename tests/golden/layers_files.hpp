@@ -12,7 +12,8 @@ using namespace ssm;
 struct causal_conv1d_files {
   template <class T, class B>
   static void check(summary& total, const inputs<T, B>& in) {
-    const auto x = values<3>(in, "in.x"), initial = values<3>(in, "in.initial_state");
+    const auto x = values<3>(in, "in.x");
+    const auto initial = values<3>(in, "in.initial_state");
     const auto weight = parameter<2>(in, "in.weight");
     const auto bias = parameter<1>(in, "in.bias");
     run<T, B> r(total, in, "one pass");
@@ -41,7 +42,8 @@ struct gated_rmsnorm_files {
   template <class T, class B>
   static void check(summary& total, const inputs<T, B>& in) {
     const auto settings = in.file.template load<double, 1>("before_group_eps");
-    const auto x = values<3>(in, "in.x"), z = values<3>(in, "in.z");
+    const auto x = values<3>(in, "in.x");
+    const auto z = values<3>(in, "in.z");
     const auto weight = parameter<1>(in, "in.weight");
     run<T, B> r(total, in, "one pass");
     tape<T, B> tape;

@@ -14,7 +14,9 @@ using namespace ssm;
 /// @param make       (q, k, the mask's operand) -> mixer
 template <int R, class T, class B, class Make>
 void run_masked(summary& total, const inputs<T, B>& in, const std::string& mask_name, Make make) {
-  const auto q = values<4>(in, "in.q"), k = values<4>(in, "in.k"), v = values<4>(in, "in.v");
+  const auto q = values<4>(in, "in.q");
+  const auto k = values<4>(in, "in.k");
+  const auto v = values<4>(in, "in.v");
   tensor<accum_t<T>, R, B> mask;
   if (!mask_name.empty()) mask = parameter<R>(in, "in." + mask_name);
   const auto product = make(q, k, mask) * v;
@@ -53,7 +55,9 @@ struct linear_attention_files {
   // division. Gradients of q and k cancel, and so these roundings show.
   template <class T, class B>
   static void check_rounded(summary& total, const inputs<T, B>& in) {
-    const auto q = values<4>(in, "in.q"), k = values<4>(in, "in.k"), v = values<4>(in, "in.v");
+    const auto q = values<4>(in, "in.q");
+    const auto k = values<4>(in, "in.k");
+    const auto v = values<4>(in, "in.v");
     run<T, B> r(total, in, "rounded on the way");
     tape<T, B> tape;
     for (const auto& t : {q, k, v})
@@ -63,8 +67,8 @@ struct linear_attention_files {
     };
     const auto mixer = hadamard(causal, features(q) * transpose(features(k)));
     const auto ones = tensor<T, 4, B>::full({v.extent(0), v.extent(1), v.extent(2), 1}, 1);
-    const auto above = stored(in, eval(mixer * v, &tape)),
-               below = stored(in, eval(mixer * ones, &tape));
+    const auto above = stored(in, eval(mixer * v, &tape));
+    const auto below = stored(in, eval(mixer * ones, &tape));
     const auto y = eval_as<T>(above / below, &tape);
     tape.gradient(y).copy_from(values<4>(in, "cotangent.y"));
     tape.backward();

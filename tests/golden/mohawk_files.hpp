@@ -18,7 +18,8 @@ struct given_matrices {
 struct matrix_orientation_files {
   template <class T, class B>
   static void check(summary& total, const inputs<T, B>& in) {
-    const auto b = values<4>(in, "in.B"), c = values<4>(in, "in.C");
+    const auto b = values<4>(in, "in.B");
+    const auto c = values<4>(in, "in.C");
     const auto a_log = parameter<3>(in, "in.a_log");
     run<T, B> r(total, in, "panels");
     tape<T, B> tape;
@@ -42,7 +43,8 @@ struct matrix_orientation_files {
 struct hidden_state_alignment_files {
   template <class T, class B>
   static void check(summary& total, const inputs<T, B>& in) {
-    const auto student = values<3>(in, "in.student"), teacher = values<3>(in, "in.teacher");
+    const auto student = values<3>(in, "in.student");
+    const auto teacher = values<3>(in, "in.teacher");
     run<T, B> r(total, in, "one pass");
     tape<T, B> tape;
     tape.watch(student);

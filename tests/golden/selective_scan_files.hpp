@@ -12,10 +12,14 @@ using namespace ssm;
 struct selective_scan_files {
   template <class T, class B>
   static void check(summary& total, const inputs<T, B>& in) {
-    const auto u = values<3>(in, "in.u"), dt = values<3>(in, "in.dt"), b = values<3>(in, "in.B"),
-               c = values<3>(in, "in.C"), z = values<3>(in, "in.z");
+    const auto u = values<3>(in, "in.u");
+    const auto dt = values<3>(in, "in.dt");
+    const auto b = values<3>(in, "in.B");
+    const auto c = values<3>(in, "in.C");
+    const auto z = values<3>(in, "in.z");
     const auto a = parameter<2>(in, "in.A");
-    const auto d = parameter<1>(in, "in.D"), dt_bias = values<1>(in, "in.dt_bias");
+    const auto d = parameter<1>(in, "in.D");
+    const auto dt_bias = values<1>(in, "in.dt_bias");
     const auto state = parameter<3>(in, "in.initial_state");
     const auto initial =
         state.reshape(state.extent(0), state.extent(1), state.extent(2), index_t{1});

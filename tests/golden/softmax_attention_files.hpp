@@ -34,7 +34,9 @@ tensor<T, 4, B> heads_first(const tensor<T, 4, B>& y) {
 struct softmax_attention_files {
   template <class T, class B>
   static void check(summary& total, const inputs<T, B>& in) {
-    const auto q = values<4>(in, "in.q"), k = values<4>(in, "in.k"), v = values<4>(in, "in.v");
+    const auto q = values<4>(in, "in.q");
+    const auto k = values<4>(in, "in.k");
+    const auto v = values<4>(in, "in.v");
     const auto window_size = static_cast<index_t>(in.file.load_scalar("window"));
     const auto logits = q * transpose(k) * (1 / std::sqrt(static_cast<double>(q.extent(3))));
     const auto mixer =

@@ -11,10 +11,13 @@ using namespace ssm;
 struct ssd_files {
   template <class T, class B>
   static void check(summary& total, const inputs<T, B>& in) {
-    const auto x = values<4>(in, "in.x"), b = values<4>(in, "in.B"), c = values<4>(in, "in.C");
+    const auto x = values<4>(in, "in.x");
+    const auto b = values<4>(in, "in.B");
+    const auto c = values<4>(in, "in.C");
     const auto dt = values<3>(in, "in.dt");
-    const auto a = parameter<1>(in, "in.A"), d = parameter<1>(in, "in.D"),
-               dt_bias = parameter<1>(in, "in.dt_bias");
+    const auto a = parameter<1>(in, "in.A");
+    const auto d = parameter<1>(in, "in.D");
+    const auto dt_bias = parameter<1>(in, "in.dt_bias");
     const auto initial = exchanged(parameter<4>(in, "in.initial_state"));
 
     const auto product = [&](const discretized<T, B>& steps) {

@@ -20,8 +20,8 @@ linear<T, B> identity_head(index_t n) {
 struct kl_distillation_files {
   template <class T, class B>
   static void check(summary& total, const inputs<T, B>& in) {
-    const auto student = values<3>(in, "in.student_logits"),
-               teacher = values<3>(in, "in.teacher_logits");
+    const auto student = values<3>(in, "in.student_logits");
+    const auto teacher = values<3>(in, "in.teacher_logits");
     const auto mask = in.file.template load<std::int32_t, 2>("mask");
     for (const bool through_heads : {false, true}) {
       run<T, B> r(total, in, through_heads ? "blocks of logits" : "logits");
