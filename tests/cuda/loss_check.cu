@@ -4,6 +4,7 @@
 #include "check.cuh"
 #include <ssmlib/kernels/cuda/cross_entropy.cuh>
 #include <ssmlib/kernels/cuda/embedding.cuh>
+#include <ssmlib/kernels/cuda/token_sums.cuh>
 
 using namespace ssm;
 using namespace ssm::kernels::cuda;
